@@ -1,0 +1,340 @@
+// Package guestconfig is the one document that tells a guest what it is: which
+// KBS to ask, which disk to trust, what to run and what to do when attestation
+// fails. The builder writes it into the initrd, so the SNP launch digest covers
+// every byte of it; init and agent trust nothing else.
+//
+// The form is JSON, versioned and strict: an unknown field, a duplicate field,
+// trailing data or a value out of range is refused. It holds no secret.
+package guestconfig
+
+import (
+	"bytes"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"net/netip"
+	"net/url"
+	"regexp"
+	"slices"
+	"strings"
+)
+
+// Version is the version of the document that this package reads and writes.
+const Version = 1
+
+// MaxSize bounds the document in bytes.
+const MaxSize = 1 << 20
+
+// Places that builder, init and agent agree on.
+const (
+	// InitrdPath is where the document lies in the initrd.
+	InitrdPath = "etc/coffer/guest.json"
+	// AgentPath is the program that init hands over to, in the verity root.
+	AgentPath = "/bin/agent"
+	// HandoverPath is where init leaves a Handover for the agent.
+	HandoverPath = "/run/coffer/handover.json"
+	// ResolvConfPath and HostsPath are what /etc/resolv.conf and /etc/hosts
+	// of the verity root point to.
+	ResolvConfPath = "/run/coffer/resolv.conf"
+	HostsPath      = "/run/coffer/hosts"
+	// ImageMetaPath is the OCI layout tar of index, manifest and config.
+	ImageMetaPath = "/image/meta.tar"
+	// ImageLayersPath is containerd's layer cache: sha256/<2 hex>/<diffID hex>.erofs.
+	ImageLayersPath = "/image/layers"
+)
+
+// Platforms a guest can run on.
+const (
+	PlatformSNP       = "snp"
+	PlatformSimulated = "simulated"
+)
+
+// Failure actions of the attestation loop.
+const (
+	ActionStopJob  = "stop_job"
+	ActionShutdown = "shutdown"
+	ActionLog      = "log"
+)
+
+// Config is the guest config.
+type Config struct {
+	Version   int    `json:"version"`
+	CVMID     string `json:"cvm_id"`     // cvm_<12 lower-case hex>
+	Platform  string `json:"platform"`   // PlatformSNP or PlatformSimulated
+	TEE       string `json:"tee"`        // the KBS's name of the evidence: "snp", or "sample" on the simulated platform
+	BuildTime int64  `json:"build_time"` // Unix seconds; the guest's clock never stands before it
+
+	KBS         KBS         `json:"kbs"`
+	Disk        Disk        `json:"disk"`
+	Network     Network     `json:"network"`
+	Attestation Attestation `json:"attestation"`
+	Workload    Workload    `json:"workload"`
+}
+
+// KBS says where the key is.
+type KBS struct {
+	URL        string `json:"url"`         // https://host:port, no path
+	CA         string `json:"ca"`          // PEM; the only roots that are accepted
+	KeyPath    string `json:"key_path"`    // <repository>/<type>/<tag> of the LUKS passphrase
+	CanaryPath string `json:"canary_path"` // resource fetched by each attestation round
+}
+
+// Disk pins crypt_root. All sizes and offsets are bytes.
+type Disk struct {
+	Serial       string  `json:"serial"`        // virtio-blk serial; a hint, the header decides
+	HeaderSHA256 string  `json:"header_sha256"` // hex, of the first DataOffset bytes
+	DataOffset   int64   `json:"data_offset"`   // where the LUKS payload begins
+	PayloadSize  int64   `json:"payload_size"`  // length of the LUKS payload
+	Verity       Verity  `json:"verity"`
+	Scratch      Scratch `json:"scratch"`
+}
+
+// Verity describes the read-only root at the beginning of the payload.
+// Blocks are 4096 bytes, the hash is SHA-256, the format version 1.
+type Verity struct {
+	RootHash       string `json:"root_hash"` // hex, 32 bytes
+	Salt           string `json:"salt"`      // hex, 32 bytes
+	DataBlocks     int64  `json:"data_blocks"`
+	HashStartBlock int64  `json:"hash_start_block"` // first block of the tree, counted from the payload's start
+}
+
+// Scratch is the writable ext4 behind the verity tree, as a part of the payload.
+type Scratch struct {
+	Offset int64 `json:"offset"`
+	Size   int64 `json:"size"`
+}
+
+// Network is what the guest may reach and be reached by.
+type Network struct {
+	Static          *Static           `json:"static,omitempty"` // nil: DHCP
+	AllowedPorts    []Port            `json:"allowed_ports"`
+	AllowedOutPorts []Port            `json:"allowed_out_ports"`
+	Hosts           map[string]string `json:"hosts,omitempty"` // name to address
+}
+
+// Static is an address that needs no DHCP.
+type Static struct {
+	Address string   `json:"address"` // CIDR
+	Gateway string   `json:"gateway"`
+	DNS     []string `json:"dns,omitempty"`
+}
+
+// Port is one allowed port.
+type Port struct {
+	Port  uint16 `json:"port"`
+	Proto string `json:"proto"` // "tcp" or "udp"
+}
+
+// Attestation is the loop's settings. Times are seconds.
+type Attestation struct {
+	CheckFrequency    int    `json:"check_frequency"`
+	MaxStaleness      int    `json:"max_staleness"`
+	FailureAction     string `json:"failure_action"`
+	RestartOnRecovery bool   `json:"restart_on_recovery"`
+}
+
+// Workload is how the container runs.
+type Workload struct {
+	ImageName   string   `json:"image_name"`     // name of the image in ImageMetaPath's index
+	ImageDigest string   `json:"image_digest"`   // sha256:<hex> of the manifest
+	Args        []string `json:"args,omitempty"` // replaces the image's Cmd, not its entry point
+	Env         []string `json:"env,omitempty"`  // added to the image's, NAME=value
+	MemoryMiB   int64    `json:"memory_mib"`     // 0: no limit of its own
+	PidsMax     int64    `json:"pids_max"`
+	TmpMiB      int64    `json:"tmp_mib"` // size of /tmp, in RAM
+}
+
+// Handover is what init leaves for the agent in HandoverPath.
+type Handover struct {
+	Config        json.RawMessage `json:"config"`         // the guest config, as it stood in the initrd
+	ScratchDevice string          `json:"scratch_device"` // block device of Disk.Scratch
+	LaunchDigest  string          `json:"launch_digest"`  // hex, as the chip reports it; empty for "sample"
+	Interface     string          `json:"interface"`      // the network interface that is up
+	DNS           []string        `json:"dns"`            // resolvers in use
+	BootLog       []string        `json:"boot_log"`       // init's console lines
+}
+
+// ErrInvalid is wrapped by every error of Parse and Validate.
+var ErrInvalid = errors.New("guest config is invalid")
+
+// Parse reads a document strictly.
+func Parse(data []byte) (*Config, error) {
+	var c Config
+	if err := decodeStrict(data, &c); err != nil {
+		return nil, err
+	}
+	if err := c.Validate(); err != nil {
+		return nil, err
+	}
+	return &c, nil
+}
+
+// ParseHandover reads a Handover strictly.
+func ParseHandover(data []byte) (*Handover, error) {
+	var h Handover
+	if err := decodeStrict(data, &h); err != nil {
+		return nil, err
+	}
+	return &h, nil
+}
+
+func decodeStrict(data []byte, v any) error {
+	if len(data) > 2*MaxSize {
+		return fmt.Errorf("%w: %d bytes, more than %d", ErrInvalid, len(data), 2*MaxSize)
+	}
+	if err := noDuplicates(json.NewDecoder(bytes.NewReader(data)), 0); err != nil {
+		return fmt.Errorf("%w: %w", ErrInvalid, err)
+	}
+	d := json.NewDecoder(bytes.NewReader(data))
+	d.DisallowUnknownFields()
+	if err := d.Decode(v); err != nil {
+		return fmt.Errorf("%w: %w", ErrInvalid, err)
+	}
+	if _, err := d.Token(); err != io.EOF {
+		return fmt.Errorf("%w: data after the document", ErrInvalid)
+	}
+	return nil
+}
+
+// noDuplicates walks one JSON value. Names are compared without case, because
+// encoding/json matches fields that way.
+func noDuplicates(d *json.Decoder, depth int) error {
+	if depth > 32 {
+		return errors.New("nested too deeply")
+	}
+	t, err := d.Token()
+	if err != nil {
+		return err
+	}
+	delim, ok := t.(json.Delim)
+	if !ok {
+		return nil
+	}
+	seen := map[string]bool{}
+	for d.More() {
+		if delim == '{' {
+			k, err := d.Token()
+			if err != nil {
+				return err
+			}
+			name := strings.ToLower(k.(string))
+			if seen[name] {
+				return fmt.Errorf("field %q stands twice", k)
+			}
+			seen[name] = true
+		}
+		if err := noDuplicates(d, depth+1); err != nil {
+			return err
+		}
+	}
+	_, err = d.Token()
+	return err
+}
+
+// Marshal validates and writes the document. The same Config gives the same bytes.
+func (c *Config) Marshal() ([]byte, error) {
+	if err := c.Validate(); err != nil {
+		return nil, err
+	}
+	b, err := json.MarshalIndent(c, "", "  ")
+	if err != nil {
+		return nil, err
+	}
+	if len(b) >= MaxSize {
+		return nil, fmt.Errorf("%w: %d bytes, more than %d", ErrInvalid, len(b), MaxSize)
+	}
+	return append(b, '\n'), nil
+}
+
+var (
+	cvmID    = regexp.MustCompile(`^cvm_[0-9a-f]{12}$`)
+	resource = regexp.MustCompile(`^[a-zA-Z0-9_-][a-zA-Z0-9_.-]*/[a-zA-Z0-9_-][a-zA-Z0-9_.-]*/[a-zA-Z0-9_-][a-zA-Z0-9_.-]*$`)
+	digest   = regexp.MustCompile(`^sha256:[0-9a-f]{64}$`)
+	hostName = regexp.MustCompile(`^[a-zA-Z0-9]([a-zA-Z0-9._-]{0,252})$`)
+)
+
+// ValidCVMID reports whether id has the form cvm_<12 lower-case hex>.
+func ValidCVMID(id string) bool { return cvmID.MatchString(id) }
+
+// ValidResourcePath reports whether p has the three segments a KBS accepts.
+func ValidResourcePath(p string) bool { return resource.MatchString(p) }
+
+// Validate checks every value. It returns all faults, joined.
+func (c *Config) Validate() error {
+	var errs []error
+	check := func(ok bool, format string, a ...any) {
+		if !ok {
+			errs = append(errs, fmt.Errorf("%w: "+format, append([]any{ErrInvalid}, a...)...))
+		}
+	}
+	isHex := func(s string, n int) bool {
+		b, err := hex.DecodeString(s)
+		return err == nil && len(b) == n && s == strings.ToLower(s)
+	}
+	check(c.Version == Version, "version is %d, this guest reads %d", c.Version, Version)
+	check(cvmID.MatchString(c.CVMID), "cvm_id %q is not cvm_<12 hex>", c.CVMID)
+	switch c.Platform {
+	case PlatformSNP:
+		check(c.TEE == "snp", "tee %q on platform snp", c.TEE)
+	case PlatformSimulated:
+		check(c.TEE == "snp" || c.TEE == "sample", "tee %q on platform simulated", c.TEE)
+	default:
+		check(false, "platform %q is not snp or simulated", c.Platform)
+	}
+	check(c.BuildTime > 0, "build_time is missing")
+
+	u, err := url.Parse(c.KBS.URL)
+	check(err == nil && u.Scheme == "https" && u.Host != "" && u.User == nil && (u.Path == "" || u.Path == "/") && u.RawQuery == "",
+		"kbs.url %q is not https://host:port", c.KBS.URL)
+	check(strings.Contains(c.KBS.CA, "BEGIN CERTIFICATE"), "kbs.ca holds no certificate")
+	check(resource.MatchString(c.KBS.KeyPath), "kbs.key_path %q is not repository/type/tag", c.KBS.KeyPath)
+	check(resource.MatchString(c.KBS.CanaryPath), "kbs.canary_path %q is not repository/type/tag", c.KBS.CanaryPath)
+	check(c.KBS.KeyPath != c.KBS.CanaryPath, "kbs.canary_path is the key's own path")
+
+	d := &c.Disk
+	const block = 4096
+	check(isHex(d.HeaderSHA256, 32), "disk.header_sha256 is not 64 hex characters")
+	check(d.DataOffset >= 2*16384+258048 && d.DataOffset%block == 0 && d.DataOffset <= 64<<20, "disk.data_offset %d is out of range", d.DataOffset)
+	check(d.PayloadSize > 0 && d.PayloadSize%block == 0 && d.PayloadSize < 1<<50, "disk.payload_size %d is out of range", d.PayloadSize)
+	check(isHex(d.Verity.RootHash, 32), "disk.verity.root_hash is not 64 hex characters")
+	check(isHex(d.Verity.Salt, 32), "disk.verity.salt is not 64 hex characters")
+	check(d.Verity.DataBlocks > 0 && d.Verity.DataBlocks < d.PayloadSize/block, "disk.verity.data_blocks %d is out of range", d.Verity.DataBlocks)
+	check(d.Verity.HashStartBlock > d.Verity.DataBlocks && d.Verity.HashStartBlock < d.PayloadSize/block, "disk.verity.hash_start_block %d is out of range", d.Verity.HashStartBlock)
+	check(d.Scratch.Offset%block == 0 && d.Scratch.Offset > d.Verity.HashStartBlock*block, "disk.scratch.offset %d is out of range", d.Scratch.Offset)
+	check(d.Scratch.Size > 0 && d.Scratch.Size%block == 0 && d.Scratch.Offset+d.Scratch.Size <= d.PayloadSize, "disk.scratch.size %d is out of range", d.Scratch.Size)
+
+	if s := c.Network.Static; s != nil {
+		_, err := netip.ParsePrefix(s.Address)
+		check(err == nil, "network.static.address %q is not address/bits", s.Address)
+		_, err = netip.ParseAddr(s.Gateway)
+		check(err == nil, "network.static.gateway %q is not an address", s.Gateway)
+		for _, a := range s.DNS {
+			_, err := netip.ParseAddr(a)
+			check(err == nil, "network.static.dns %q is not an address", a)
+		}
+	}
+	for _, p := range slices.Concat(c.Network.AllowedPorts, c.Network.AllowedOutPorts) {
+		check(p.Port > 0 && (p.Proto == "tcp" || p.Proto == "udp"), "network: port %d/%s is not 1..65535/tcp or udp", p.Port, p.Proto)
+	}
+	for name, addr := range c.Network.Hosts {
+		check(hostName.MatchString(name), "network.hosts: %q is not a host name", name)
+		_, err := netip.ParseAddr(addr)
+		check(err == nil, "network.hosts: %q of %s is not an address", addr, name)
+	}
+
+	a := &c.Attestation
+	check(a.CheckFrequency >= 1 && a.CheckFrequency <= 86400, "attestation.check_frequency %d is not 1..86400 seconds", a.CheckFrequency)
+	check(a.MaxStaleness >= a.CheckFrequency && a.MaxStaleness <= 7*86400, "attestation.max_staleness %d is not check_frequency..604800 seconds", a.MaxStaleness)
+	check(slices.Contains([]string{ActionStopJob, ActionShutdown, ActionLog}, a.FailureAction), "attestation.failure_action %q is not stop_job, shutdown or log", a.FailureAction)
+
+	w := &c.Workload
+	check(w.ImageName != "" && len(w.ImageName) < 512, "workload.image_name is missing or too long")
+	check(digest.MatchString(w.ImageDigest), "workload.image_digest %q is not sha256:<hex>", w.ImageDigest)
+	for _, e := range w.Env {
+		check(strings.Index(e, "=") > 0, "workload.env %q is not NAME=value", e)
+	}
+	check(w.MemoryMiB >= 0 && w.PidsMax > 0 && w.TmpMiB > 0, "workload: memory_mib, pids_max or tmp_mib is out of range")
+	return errors.Join(errs...)
+}
