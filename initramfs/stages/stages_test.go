@@ -46,7 +46,9 @@ func testConfig() *guestconfig.Config {
 type fakeSource struct {
 	tee    string
 	report snp.Report
-	err    error
+	err    error // of Report
+
+	evidenceErr error
 }
 
 func (s *fakeSource) TEE() string     { return s.tee }
@@ -55,7 +57,7 @@ func (s *fakeSource) Report(context.Context, [64]byte, int) ([]byte, []byte, err
 	return s.report.Marshal(), nil, s.err
 }
 func (s *fakeSource) Evidence(context.Context, [48]byte) (json.RawMessage, error) {
-	return json.RawMessage("{}"), s.err
+	return json.RawMessage("{}"), s.evidenceErr
 }
 
 // machine is a fake: it notes what is done to it, fails where it is told to, and
@@ -300,8 +302,7 @@ func TestFailures(t *testing.T) {
 		{"strange answer", func(m *machine) { m.fail[fetch] = kbsclient.ErrTooLarge }, "key", boot.CodeKBSProtocol, "too large", "OpenDisk"},
 		{"short key", func(m *machine) { m.key = m.key[:100] }, "key", boot.CodeKBSProtocol, "100 bytes", "OpenDisk"},
 		{"evidence for the KBS", func(m *machine) {
-			m.cfg.TEE, m.source.tee = evidence.TEESNP, evidence.TEESNP
-			m.fail[fetch] = boot.Fail(boot.CodeEvidence, errFake)
+			m.source.evidenceErr = errFake
 		}, "key", boot.CodeEvidence, "no luck", "OpenDisk"},
 		{"luks", func(m *machine) { m.fail["OpenDisk"] = boot.Fail(boot.CodeLUKSKey, errFake) }, "luks", boot.CodeLUKSKey, "no luck", "OpenVerity"},
 		{"verity", func(m *machine) { m.fail["OpenVerity /dev/dm-0"] = errFake }, "verity", boot.CodeVerity, "no luck", "MountRoot"},
