@@ -1,0 +1,35 @@
+// Init is the first program of a guest: /init of its initrd. See package stages
+// for what it does. It takes no arguments and reads no environment.
+package main
+
+import (
+	"context"
+	"fmt"
+	"os"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"coffer/initramfs/stages"
+	"coffer/internal/boot"
+	"coffer/internal/evidence"
+	"coffer/internal/guestconfig"
+)
+
+func main() {
+	if os.Getpid() != 1 {
+		fmt.Fprintln(os.Stderr, "init: runs as the first program of a Coffer guest only")
+		os.Exit(2)
+	}
+	log := boot.NewLog(os.Stdout, evidence.Platform == guestconfig.PlatformSimulated, sinceKernelStart)
+	stages.Boot(context.Background(), log, stages.System())
+	os.Exit(1) // the kernel panics: a power-off that failed must not go on
+}
+
+func sinceKernelStart() time.Duration {
+	var t unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &t); err != nil {
+		return 0
+	}
+	return time.Duration(t.Nano())
+}
