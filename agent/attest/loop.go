@@ -1,0 +1,184 @@
+package attest
+
+import (
+	"context"
+	"fmt"
+	"math/rand/v2"
+	"time"
+
+	"coffer/internal/boot"
+)
+
+// Result is one round, as it is logged.
+type Result struct {
+	Seq      int
+	Verdict  Verdict
+	Code     string // empty for a pass
+	Reason   string // one line, no secret
+	Started  time.Duration
+	Duration time.Duration
+}
+
+// Loop carries out what Decide decides. Start and Stop are never called at the
+// same time; a Round may run beside them.
+type Loop struct {
+	Policy Policy
+	// Round asks the verifier once. It returns nil for a pass. Its context ends
+	// when the round has had its time.
+	Round func(context.Context) error
+	// Classify turns an error of Round into a verdict.
+	Classify func(error) (v Verdict, code, reason string)
+	// Report is told every round. It must not block.
+	Report func(Result)
+	// Printf writes to the boot log.
+	Printf func(format string, a ...any)
+	// Start starts the workload; the channel gives its one exit.
+	Start func(context.Context) (<-chan error, error)
+	// Stop stops the workload at once; an error means that it may still run.
+	Stop func(context.Context) error
+	// Now is a monotonic clock that also counts suspended time.
+	Now func() time.Duration
+
+	// RoundTime bounds a round, JobTime a start or a stop.
+	RoundTime, JobTime time.Duration
+
+	state   State
+	seq     int
+	rounds  chan Result
+	exited  <-chan error
+	why     error // reason of the last bad verdict
+	stopped bool
+}
+
+// First attests until the workload may start. It does not start it.
+func (l *Loop) First(ctx context.Context) error {
+	l.state = Begin(l.Now())
+	l.rounds = make(chan Result, 1)
+	return l.drive(ctx, func(a Action) (done bool, err error) { return a == StartJob, nil })
+}
+
+// Run starts the workload, which First has cleared, and attests until the guest
+// has to end. It returns nil when the workload exited by itself and with code
+// zero, the context's cause when that ended, else the reason.
+// When it returns, the workload may still run only where the context ended or
+// stopping it failed.
+func (l *Loop) Run(ctx context.Context) error {
+	return l.drive(ctx, func(a Action) (bool, error) { return false, l.job(ctx, a) })
+}
+
+// StartFirst starts the workload after First.
+func (l *Loop) StartFirst(ctx context.Context) error { return l.job(ctx, StartJob) }
+
+func (l *Loop) job(ctx context.Context, a Action) error {
+	ctx, cancel := context.WithTimeout(ctx, l.JobTime)
+	defer cancel()
+	switch a {
+	case StartJob:
+		exited, err := l.Start(ctx)
+		if err != nil {
+			return boot.Fail(boot.CodeWorkload, fmt.Errorf("start the workload: %w", err))
+		}
+		if l.stopped {
+			l.Printf("attestation action=start_job reason=%q", "a round passed")
+		}
+		l.exited, l.stopped = exited, false
+	case StopJob:
+		l.Printf("attestation action=stop_job reason=%q", l.reason())
+		err := l.Stop(ctx)
+		if err != nil {
+			return boot.Fail(boot.CodeWorkload, fmt.Errorf("stop the workload after a bad verdict: %w", err))
+		}
+		l.exited, l.stopped = nil, true
+	case Warn:
+		l.Printf("attestation action=log reason=%q", l.reason())
+	}
+	return nil
+}
+
+func (l *Loop) reason() error {
+	if l.why == nil {
+		return fmt.Errorf("no pass within %s", l.Policy.MaxStaleness)
+	}
+	return l.why
+}
+
+// drive feeds Decide until do says that it is done, or the guest has to end.
+func (l *Loop) drive(ctx context.Context, do func(Action) (done bool, err error)) error {
+	ev := Event{Kind: Tick}
+	var exit error
+	for {
+		ev.Jitter = rand.Float64()
+		var acts []Action
+		l.state, acts = Decide(l.Policy, l.state, ev, l.Now())
+		done := false
+		for _, a := range acts {
+			switch a {
+			case StartRound:
+				l.startRound(ctx)
+			case PowerOff:
+				if ev.Kind == JobExited {
+					return exit
+				}
+				return boot.Fail(boot.CodeAttestation, l.reason())
+			default:
+				d, err := do(a)
+				if err != nil {
+					return err
+				}
+				done = done || d
+			}
+		}
+		if done {
+			return nil
+		}
+
+		timer := time.NewTimer(max(l.state.Wake(l.Policy)-l.Now(), 0))
+		select {
+		case <-ctx.Done():
+			timer.Stop()
+			return context.Cause(ctx)
+		case r := <-l.rounds:
+			ev = Event{Kind: RoundEnded, Verdict: r.Verdict, Started: r.Started}
+			if r.Verdict == Pass {
+				l.why = nil
+			} else {
+				l.why = fmt.Errorf("round %d was %s: %s", r.Seq, r.Verdict, r.Reason)
+			}
+			l.Report(r)
+		case exit = <-l.exited:
+			l.exited = nil
+			ev = Event{Kind: JobExited}
+		case <-timer.C:
+			ev = Event{Kind: Tick}
+		}
+		timer.Stop()
+	}
+}
+
+// startRound runs one round beside the loop. The machine allows one at a time,
+// so the channel never blocks.
+func (l *Loop) startRound(ctx context.Context) {
+	l.seq++
+	r := Result{Seq: l.seq, Started: l.Now()}
+	go func() {
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), l.RoundTime)
+		defer cancel()
+		err := guard(func() error { return l.Round(ctx) })
+		r.Duration = l.Now() - r.Started
+		r.Verdict = Pass
+		if err != nil {
+			r.Verdict, r.Code, r.Reason = l.Classify(err)
+		}
+		l.rounds <- r
+	}()
+}
+
+// guard turns a panic of f into an error.
+func guard(f func() error) (err error) {
+	defer func() {
+		if p := recover(); p != nil {
+			err = &boot.Error{Code: boot.CodeInternal, Err: fmt.Errorf("panic: %v", p)}
+		}
+	}()
+	return f()
+}

@@ -1,0 +1,353 @@
+package base
+
+import (
+	"bytes"
+	"context"
+	"debug/buildinfo"
+	"errors"
+	"fmt"
+	"maps"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+
+	"coffer/images"
+	"coffer/initramfs"
+)
+
+// Roles of packages, in the order in which manifest and lock name them.
+const (
+	roleKernel   = "kernel"
+	roleFirmware = "firmware"
+	roleCA       = "ca"
+)
+
+// simulatedTag is the build tag of programs for the simulated platform.
+const simulatedTag = "simulated"
+
+// Params say what base to build.
+type Params struct {
+	Out      string // folder to make; a base that is there already is replaced
+	Platform string // PlatformSNP or PlatformSimulated
+	Image    string // name in package images; "" means "cpu"
+
+	Init     string            // program that becomes /init
+	Programs map[string]string // name in bin/, such as "agent", to program
+
+	Cache  string // folder that keeps downloaded packages by their SHA-256
+	Mirror Mirror // what is empty is found out from the machine
+	Locked string // a base.lock; if set, exactly its packages are taken
+	// Log gets one line of progress at a time. It may be nil.
+	Log func(format string, args ...any)
+}
+
+// lock is base.lock.
+type lock struct {
+	Version  int       `json:"version"`
+	Packages []Package `json:"packages"`
+}
+
+// ProgramsIn names the programs of a platform's base where `make` puts them:
+// all in the folder bin, the simulated platform's own with "-simulated".
+func ProgramsIn(bin, platform string) (init string, programs map[string]string) {
+	own := ""
+	if platform == PlatformSimulated {
+		own = "-" + simulatedTag
+	}
+	programs = map[string]string{"agent": filepath.Join(bin, "agent"+own)}
+	for _, name := range []string{"containerd", "containerd-shim-runc-v2", "runc"} {
+		programs[name] = filepath.Join(bin, name)
+	}
+	return filepath.Join(bin, "init"+own), programs
+}
+
+// Build makes a base. On failure nothing is left at Out, and a base that was
+// there before stays.
+func Build(ctx context.Context, p Params) (*Base, error) {
+	if p.Log == nil {
+		p.Log = func(string, ...any) {}
+	}
+	if p.Image == "" {
+		p.Image = "cpu"
+	}
+	if p.Platform != PlatformSNP && p.Platform != PlatformSimulated {
+		return nil, fmt.Errorf("build base: platform %q is not %s or %s", p.Platform, PlatformSNP, PlatformSimulated)
+	}
+	if p.Out == "" || p.Cache == "" {
+		return nil, errors.New("build base: the output or cache folder is not given")
+	}
+	image, err := images.Load(p.Image)
+	if err != nil {
+		return nil, fmt.Errorf("build base: %w", err)
+	}
+	b, err := build(ctx, p, image)
+	if err != nil {
+		return nil, fmt.Errorf("build base %s: %w", p.Out, err)
+	}
+	return b, nil
+}
+
+func build(ctx context.Context, p Params, image *images.Image) (*Base, error) {
+	if err := replaceable(p.Out); err != nil {
+		return nil, err
+	}
+	for _, name := range slices.Sorted(maps.Keys(p.Programs)) {
+		if name != filepath.Base(name) || !filepath.IsLocal(name) {
+			return nil, fmt.Errorf("program name %q is not a plain file name", name)
+		}
+		if err := checkProgram(p.Programs[name], p.Platform); err != nil {
+			return nil, err
+		}
+	}
+	if err := checkProgram(p.Init, p.Platform); err != nil {
+		return nil, err
+	}
+	packages, debs, err := fetch(ctx, p, image)
+	if err != nil {
+		return nil, err
+	}
+
+	parent := filepath.Dir(filepath.Clean(p.Out))
+	if err := os.MkdirAll(parent, 0o755); err != nil {
+		return nil, err
+	}
+	dir, err := os.MkdirTemp(parent, "."+filepath.Base(p.Out)+"-")
+	if err != nil {
+		return nil, err
+	}
+	defer os.RemoveAll(dir)
+	m := manifest{Version: manifestVersion, Platform: p.Platform, Image: image.Name}
+	for _, pkg := range packages {
+		pkg.Suite = ""
+		m.Packages = append(m.Packages, pkg)
+	}
+	put := func(name string, data []byte, mode os.FileMode) error {
+		m.Files = append(m.Files, file{Path: name, Size: int64(len(data)), SHA256: digest(data)})
+		return write(filepath.Join(dir, name), data, mode)
+	}
+
+	p.Log("reading the kernel's modules")
+	k, err := readKernel(ctx, debs[roleKernel], strings.TrimSuffix(debs[roleKernel], ".deb")+".modules.json")
+	if err != nil {
+		return nil, err
+	}
+	m.KernelVersion = k.version
+	loaded, err := k.modules.Closure(image.ModuleNames())
+	if err != nil {
+		return nil, err
+	}
+	for _, mod := range loaded {
+		m.Modules = append(m.Modules, Module{Name: mod.Name, SHA256: digest(mod.Data), Optional: mod.Optional})
+	}
+	init, err := os.ReadFile(p.Init)
+	if err != nil {
+		return nil, err
+	}
+	m.InitSHA256 = digest(init)
+	p.Log("packing the base initrd: init and %d modules", len(loaded))
+	var initrd bytes.Buffer
+	m.CPIOSHA256, err = initramfs.WriteBase(&initrd, initramfs.Base{Init: init, KernelVersion: k.version, Modules: loaded})
+	if err != nil {
+		return nil, err
+	}
+	firmware, err := readFile(ctx, debs[roleFirmware], image.Firmware.File)
+	if err != nil {
+		return nil, err
+	}
+	certs, err := readCerts(ctx, debs[roleCA], image.CA.File)
+	if err != nil {
+		return nil, err
+	}
+	if err := errors.Join(
+		put(kernelFile, k.image, 0o644), put(initrdFile, initrd.Bytes(), 0o644),
+		put(firmwareFile, firmware, 0o644), put(caFile, certs, 0o644),
+		os.Mkdir(filepath.Join(dir, programDir), 0o755), os.Chmod(filepath.Join(dir, programDir), 0o755),
+	); err != nil {
+		return nil, err
+	}
+	for _, name := range slices.Sorted(maps.Keys(p.Programs)) {
+		data, err := os.ReadFile(p.Programs[name])
+		if err != nil {
+			return nil, err
+		}
+		if err := put(programDir+"/"+name, data, 0o755); err != nil {
+			return nil, err
+		}
+	}
+	data, err := encode(m)
+	if err != nil {
+		return nil, err
+	}
+	locked, err := encode(lock{Version: manifestVersion, Packages: packages})
+	if err != nil {
+		return nil, err
+	}
+	if err := errors.Join(
+		write(filepath.Join(dir, manifestFile), data, 0o644),
+		write(filepath.Join(dir, lockFile), locked, 0o644),
+		os.Chmod(dir, 0o755),
+	); err != nil {
+		return nil, err
+	}
+	if err := replace(p.Out, dir); err != nil {
+		return nil, err
+	}
+	return Open(p.Out)
+}
+
+// checkProgram keeps simulation code out of a production base. It is told by
+// the build tag that Go records in a program.
+func checkProgram(program, platform string) error {
+	info, err := buildinfo.ReadFile(program)
+	if err != nil {
+		return fmt.Errorf("%s is not a Go program: %w", program, err)
+	}
+	simulated := false
+	for _, s := range info.Settings {
+		if s.Key == "-tags" {
+			simulated = slices.Contains(strings.Split(s.Value, ","), simulatedTag)
+		}
+	}
+	if simulated && platform != PlatformSimulated {
+		return fmt.Errorf("%s was built with the tag %q and must not get into a base for platform %s", program, simulatedTag, platform)
+	}
+	return nil
+}
+
+// fetch brings the image's packages into the cache. It returns them in the
+// order of their roles, and where each lies by its role.
+func fetch(ctx context.Context, p Params, image *images.Image) (packages []Package, debs map[string]string, err error) {
+	store := filepath.Join(p.Cache, "packages")
+	if err := os.MkdirAll(store, 0o755); err != nil {
+		return nil, nil, err
+	}
+	if store, err = filepath.Abs(store); err != nil { // apt changes its folder
+		return nil, nil, err
+	}
+	work, err := os.MkdirTemp(store, "apt-")
+	if err != nil {
+		return nil, nil, err
+	}
+	defer os.RemoveAll(work)
+	a := &apt{dir: work, log: p.Log, suites: map[string]suite{}}
+	connect := func() error {
+		if a.mirror.Main == "" {
+			a.mirror, err = findMirror(ctx, p.Mirror)
+			return err
+		}
+		return nil
+	}
+
+	var locked map[string]Package
+	if p.Locked != "" {
+		if locked, err = readLock(p.Locked); err != nil {
+			return nil, nil, err
+		}
+	}
+	debs = map[string]string{}
+	for _, want := range []struct {
+		role string
+		images.Package
+	}{{roleKernel, image.Kernel}, {roleFirmware, image.Firmware}, {roleCA, image.CA}} {
+		pkg, ok := locked[want.role]
+		if p.Locked != "" && !ok {
+			return nil, nil, fmt.Errorf("%s names no package for %s", p.Locked, want.role)
+		}
+		if !ok {
+			if err := connect(); err != nil {
+				return nil, nil, err
+			}
+			if pkg, err = a.newest(ctx, want.role, want.Package); err != nil {
+				return nil, nil, err
+			}
+		}
+		deb := filepath.Join(store, pkg.SHA256+".deb")
+		if sum, _, err := digestFile(deb); err != nil || sum != pkg.SHA256 {
+			if err := connect(); err != nil {
+				return nil, nil, err
+			}
+			if err := a.download(ctx, pkg, deb); err != nil {
+				if p.Locked != "" {
+					err = fmt.Errorf("%w: %s: %w", ErrLocked, p.Locked, err)
+				}
+				return nil, nil, err
+			}
+		}
+		debs[want.role] = deb
+		packages = append(packages, pkg)
+	}
+	return packages, debs, nil
+}
+
+func readLock(name string) (map[string]Package, error) {
+	data, err := readSmall(name)
+	if err != nil {
+		return nil, fmt.Errorf("read lock: %w", err)
+	}
+	var l lock
+	if err := decode(data, &l); err != nil {
+		return nil, fmt.Errorf("read lock %s: %w", name, err)
+	}
+	if l.Version != manifestVersion {
+		return nil, fmt.Errorf("read lock %s: version %d, this program reads %d", name, l.Version, manifestVersion)
+	}
+	out := map[string]Package{}
+	for _, p := range l.Packages {
+		if !debianName.MatchString(p.Name) || !debianVersion.MatchString(p.Version) || !hexDigest.MatchString(p.SHA256) || !suiteName.MatchString(p.Suite) {
+			return nil, fmt.Errorf("read lock %s: package %q has a malformed name, version, sha256 or suite", name, p.Name)
+		}
+		if _, twice := out[p.Role]; twice {
+			return nil, fmt.Errorf("read lock %s: two packages for %s", name, p.Role)
+		}
+		out[p.Role] = p
+	}
+	return out, nil
+}
+
+// replaceable refuses to put a base where something else is.
+func replaceable(out string) error {
+	entries, err := os.ReadDir(out)
+	if errors.Is(err, os.ErrNotExist) || err == nil && len(entries) == 0 {
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	if _, err := os.Stat(filepath.Join(out, manifestFile)); err != nil {
+		return fmt.Errorf("it exists and is not a base (no %s): it is left alone; give another folder", manifestFile)
+	}
+	return nil
+}
+
+// replace puts the folder dir in the place of out.
+func replace(out, dir string) error {
+	old := dir + ".old"
+	err := os.Rename(out, old)
+	if errors.Is(err, os.ErrNotExist) {
+		return os.Rename(dir, out)
+	}
+	if err != nil {
+		return err
+	}
+	if err := os.Rename(dir, out); err != nil {
+		return errors.Join(err, os.Rename(old, out))
+	}
+	return os.RemoveAll(old)
+}
+
+// write makes a file with that mode, whatever the umask.
+func write(name string, data []byte, mode os.FileMode) error {
+	return errors.Join(os.WriteFile(name, data, mode), os.Chmod(name, mode))
+}
+
+// writeAtomic makes a file that others see whole or not at all.
+func writeAtomic(name string, data []byte) error {
+	f, err := os.CreateTemp(filepath.Dir(name), ".new-")
+	if err != nil {
+		return err
+	}
+	defer os.Remove(f.Name())
+	_, err = f.Write(data)
+	return errors.Join(err, f.Close(), os.Rename(f.Name(), name))
+}

@@ -1,0 +1,68 @@
+// Package images says what the guest bases are made of: which Debian packages
+// hold kernel, firmware and CA certificates, in which suites they are looked
+// for, and which kernel modules go into the initrd. One folder is one kind of
+// base. It is data; hostbuild/base does the work.
+package images
+
+import (
+	"bytes"
+	"embed"
+	"fmt"
+	"slices"
+
+	"gopkg.in/yaml.v3"
+)
+
+//go:embed */base.yaml
+var files embed.FS
+
+// Image is one kind of base.
+type Image struct {
+	Name     string   `yaml:"-"`
+	Kernel   Package  `yaml:"kernel"`   // a package that depends on the newest kernel image of one line
+	Firmware Package  `yaml:"firmware"` // holds File, the OVMF build for measured direct boot
+	CA       Package  `yaml:"ca"`       // holds the certificates as .crt files below the folder File
+	Modules  []Module `yaml:"modules"`
+}
+
+// Package is where one Debian package is found.
+type Package struct {
+	Name   string   `yaml:"package"`
+	Suites []string `yaml:"suites"` // tried in this order
+	File   string   `yaml:"file"`   // path inside the package, without leading slash
+}
+
+// Module is a group of kernel modules that go together.
+type Module struct {
+	Group string   `yaml:"group"`
+	Names []string `yaml:"names"` // "-" before a name: may fail to load
+}
+
+// Load returns the image of that name.
+func Load(name string) (*Image, error) {
+	data, err := files.ReadFile(name + "/base.yaml")
+	if err != nil {
+		return nil, fmt.Errorf("there is no image %q", name)
+	}
+	d := yaml.NewDecoder(bytes.NewReader(data))
+	d.KnownFields(true)
+	image := Image{Name: name}
+	if err := d.Decode(&image); err != nil {
+		return nil, fmt.Errorf("image %s: %w", name, err)
+	}
+	for _, p := range []Package{image.Kernel, image.Firmware, image.CA} {
+		if p.Name == "" || len(p.Suites) == 0 {
+			return nil, fmt.Errorf("image %s: a package lacks its name or suites", name)
+		}
+	}
+	return &image, nil
+}
+
+// ModuleNames is the wanted modules of all groups, in order.
+func (i *Image) ModuleNames() []string {
+	var out []string
+	for _, m := range i.Modules {
+		out = slices.Concat(out, m.Names)
+	}
+	return out
+}
