@@ -246,6 +246,8 @@ func (c *Client) once(ctx context.Context, r call) (*answer, error) {
 		return nil, fmt.Errorf("the answer of the KBS at %s: %w (limit %d bytes)", c.host, ErrTooLarge, limit)
 	case err != nil:
 		return nil, c.transportError(ctx, err, true)
+	case ctx.Err() != nil: // closing on the deadline can make a server end its answer in good order
+		return nil, c.transportError(ctx, ctx.Err(), true)
 	case resp.StatusCode != http.StatusOK:
 		return nil, newError(r, resp, body, c.cfg.Now())
 	}
