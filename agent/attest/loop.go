@@ -39,8 +39,8 @@ type Loop struct {
 	// Now is a monotonic clock that also counts suspended time.
 	Now func() time.Duration
 
-	// RoundTime bounds a round, JobTime a start or a stop.
-	RoundTime, JobTime time.Duration
+	// Bounds of a round, a start and a stop.
+	RoundTime, StartTime, StopTime time.Duration
 
 	state   State
 	seq     int
@@ -57,11 +57,9 @@ func (l *Loop) First(ctx context.Context) error {
 	return l.drive(ctx, func(a Action) (done bool, err error) { return a == StartJob, nil })
 }
 
-// Run starts the workload, which First has cleared, and attests until the guest
-// has to end. It returns nil when the workload exited by itself and with code
-// zero, the context's cause when that ended, else the reason.
-// When it returns, the workload may still run only where the context ended or
-// stopping it failed.
+// Run attests until the guest has to end, and says why: what the workload's
+// channel gave, the context's cause, or a failure. The workload may still run
+// when the context ended or where a start or a stop failed.
 func (l *Loop) Run(ctx context.Context) error {
 	return l.drive(ctx, func(a Action) (bool, error) { return false, l.job(ctx, a) })
 }
@@ -70,10 +68,10 @@ func (l *Loop) Run(ctx context.Context) error {
 func (l *Loop) StartFirst(ctx context.Context) error { return l.job(ctx, StartJob) }
 
 func (l *Loop) job(ctx context.Context, a Action) error {
-	ctx, cancel := context.WithTimeout(ctx, l.JobTime)
-	defer cancel()
 	switch a {
 	case StartJob:
+		ctx, cancel := context.WithTimeout(ctx, l.StartTime)
+		defer cancel()
 		exited, err := l.Start(ctx)
 		if err != nil {
 			return boot.Fail(boot.CodeWorkload, fmt.Errorf("start the workload: %w", err))
@@ -84,8 +82,10 @@ func (l *Loop) job(ctx context.Context, a Action) error {
 		l.exited, l.stopped = exited, false
 	case StopJob:
 		l.Printf("attestation action=stop_job reason=%q", l.reason())
-		err := l.Stop(ctx)
-		if err != nil {
+		// Whoever cancels ctx wants the workload to end, too.
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), l.StopTime)
+		defer cancel()
+		if err := l.Stop(ctx); err != nil {
 			return boot.Fail(boot.CodeWorkload, fmt.Errorf("stop the workload after a bad verdict: %w", err))
 		}
 		l.exited, l.stopped = nil, true

@@ -1,0 +1,456 @@
+// Package agent is what a guest does after its init: PID 1 of the verity root.
+// It mounts what the workload needs, opens exactly the ports of the guest
+// config, runs the image's container, and attests: once before the workload
+// starts, then again and again for as long as it runs.
+//
+// It promises: the workload runs only while the KBS has wanted this guest no
+// longer than max_staleness ago (failure_action log excepted); nothing that the
+// host controls, neither a drive nor the console nor the network, holds up an
+// attestation round or the workload's end; whatever goes wrong ends in one
+// FAILED line and the machine powered off.
+//
+// A workload that exits by itself ends the guest in order, whatever its exit
+// code: there is no restart policy. A workload that a verdict stopped starts
+// again after a pass where restart_on_recovery is set; else the guest ends.
+//
+// What is done to the machine goes through Deps; System is the real one. The
+// package knows nothing of the builder, of LUKS or of launch digests.
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"time"
+
+	"github.com/containerd/containerd/v2/client"
+
+	"coffer/agent/applog"
+	"coffer/agent/attest"
+	"coffer/agent/daemon"
+	"coffer/agent/drives"
+	"coffer/agent/workload"
+	"coffer/internal/boot"
+	"coffer/internal/evidence"
+	"coffer/internal/firewall"
+	"coffer/internal/guestconfig"
+	"coffer/internal/netup"
+	"coffer/kbsclient"
+)
+
+// Paths are the places of the verity root.
+type Paths struct {
+	Bin                  string // containerd, its shim, runc
+	Run                  string // tmpfs
+	Applog               string
+	UserConfig, UserData string
+	Scratch              string
+	CgroupRoot           string // cgroup v2
+	ImageMeta, Layers    string
+	ResolvConf, Hosts    string
+}
+
+// Deps is the machine as the agent sees it.
+type Deps struct {
+	Paths      Paths
+	Mount      func() error // kernel file systems, cgroups, sysctls
+	Handover   func() ([]byte, error)
+	Hostname   func(string) error
+	Firewall   func(firewall.Rules) error
+	Network    func(context.Context, *guestconfig.Static) (*netup.Network, error)
+	Lookup     func(ctx context.Context, host string) ([]netip.Addr, error)
+	Attach     func(context.Context, drives.Mount) error
+	Detach     func(target string) error
+	Evidence   func(platform, tee string) (evidence.Source, error)
+	KBS        func(cfg guestconfig.KBS, dial Dial) (KBS, error)
+	StartChild func(*exec.Cmd) (wait func() error, err error)
+	Now        func() time.Duration // since the kernel's start, suspended time included
+	Stop       <-chan string        // someone asks for an orderly stop, and why
+	// PowerOff powers the machine off at once. It does not return.
+	PowerOff func()
+}
+
+// KBS is the verifier.
+type KBS interface {
+	// Canary makes a handshake with fresh nonce, key and evidence, fetches the
+	// resource and wipes it.
+	Canary(ctx context.Context, a kbsclient.Attester, path string) error
+}
+
+// agent is what the phases have made so far.
+type agent struct {
+	Deps
+	log     *boot.Log
+	console *applog.Tee
+	output  *applog.Async // the console, for the workload's lines
+	logs    *logs
+
+	handover *guestconfig.Handover
+	cfg      *guestconfig.Config
+	net      *network
+	verifier *verifier
+	daemon   *daemon.Daemon
+	image    client.Image
+	runner   *workload.Runner
+	loop     *attest.Loop
+
+	exitLogged <-chan struct{} // closed when the last run's exit has been logged
+}
+
+// phases is the agent's part of the boot.
+func (a *agent) phases() []boot.Phase {
+	const s = time.Second
+	return []boot.Phase{
+		{Name: "system", Deadline: 10 * s, Code: boot.CodeInternal, Run: a.system},
+		{Name: "handover", Deadline: 5 * s, Code: boot.CodeConfig, Run: a.takeOver},
+		{Name: "ports", Deadline: 10 * s, Code: boot.CodeFirewall, Run: a.ports},
+		{Name: "drives", Deadline: 60 * s, Code: boot.CodeDrive, Run: a.drives},
+		{Name: "containerd", Deadline: 40 * s, Code: boot.CodeContainerd, Run: a.containerd},
+		{Name: "image", Deadline: 60 * s, Code: boot.CodeImage, Run: a.importImage},
+		{Name: "attest", Deadline: firstWithin + roundTime + 10*s, Code: boot.CodeAttestation, Run: a.attest},
+		{Name: "workload", Deadline: startTime + 30*s, Code: boot.CodeWorkload, Run: a.workload},
+	}
+}
+
+// Times of the loop and of the guest's end.
+const (
+	firstWithin = 5 * time.Minute // for the first pass, max_staleness permitting
+	roundTime   = 90 * time.Second
+	startTime   = 60 * time.Second
+	stopTime    = 15 * time.Second // to kill the workload after a bad verdict
+	graceTime   = 20 * time.Second // between the stop signal and the kill in an orderly stop
+	endTime     = 90 * time.Second // the guest's end in all; then the plug is pulled
+)
+
+// Output is where lines go.
+type Output struct {
+	Log      *boot.Log
+	Tee      *applog.Tee   // what Log writes to
+	Workload *applog.Async // the console, for the workload's output
+}
+
+// stopRequest ends the loop in order.
+type stopRequest struct{ why string }
+
+func (s stopRequest) Error() string { return s.why }
+
+// workloadExit is the workload's own end.
+type workloadExit struct{ exit workload.Exit }
+
+func (e workloadExit) Error() string { return "workload exited " + e.exit.String() }
+
+// Run boots, attests until the guest has to end, and ends it.
+func Run(d Deps, out Output) {
+	a := &agent{Deps: d, log: out.Log, console: out.Tee, output: out.Workload}
+	ctx, cancel := context.WithCancelCause(context.Background())
+	defer cancel(nil)
+	go func() {
+		if why, ok := <-d.Stop; ok {
+			cancel(stopRequest{why})
+		}
+	}()
+	phase, err := a.live(ctx, cancel)
+	cancel(nil) // nobody adds to the log any more
+	a.end(phase, err)
+}
+
+// live returns when the guest has to end, and why.
+func (a *agent) live(ctx context.Context, cancel context.CancelCauseFunc) (phase string, err error) {
+	phase = "run"
+	defer func() {
+		if r := recover(); r != nil {
+			err = &boot.Error{Code: boot.CodeInternal, Err: fmt.Errorf("panic: %v", r)}
+		}
+	}()
+	if err := boot.Run(ctx, a.log, a.phases()); err != nil {
+		var pe *boot.PhaseError
+		if errors.As(err, &pe) {
+			phase, err = pe.Phase, pe.Err
+		}
+		if ctx.Err() != nil { // the phase failed because of the stop
+			err = context.Cause(ctx)
+		}
+		return phase, err
+	}
+	go func() {
+		<-a.daemon.Done()
+		if err := a.daemon.Err(); err != nil {
+			cancel(boot.Fail(boot.CodeContainerd, fmt.Errorf("containerd %w", err)))
+		}
+	}()
+	go a.keepNetwork(ctx)
+	return phase, a.loop.Run(ctx)
+}
+
+// end stops the workload, flushes and unmounts, and powers the machine off.
+func (a *agent) end(phase string, err error) {
+	limit := time.AfterFunc(endTime, a.PowerOff)
+	defer limit.Stop()
+	defer a.PowerOff()
+	defer func() { _ = recover() }() // the power-off must come
+
+	var stop stopRequest
+	var exit workloadExit
+	orderly := errors.As(err, &stop) || errors.As(err, &exit) && exit.exit.Err == nil
+	if a.runner != nil {
+		a.stopWorkload(errors.As(err, &stop))
+	}
+	if a.daemon != nil {
+		a.daemon.Stop()
+	}
+	if a.logs != nil {
+		a.logs.flushLines()
+	}
+	a.output.Close(flushTime)
+	if orderly {
+		a.log.Printf("coffer: power off reason=%q", err)
+	} else {
+		a.log.Failed(phase, err)
+	}
+	if a.logs != nil {
+		a.logs.close()
+	}
+	for _, target := range []string{a.Paths.UserData, a.Paths.UserConfig, a.Paths.Applog, a.Paths.Scratch} {
+		within(unmountTime, func() { _ = a.Detach(target) })
+	}
+}
+
+const unmountTime = 5 * time.Second
+
+// stopWorkload gives the workload time only where somebody asked for the stop.
+func (a *agent) stopWorkload(polite bool) {
+	ctx, cancel := context.WithTimeout(context.Background(), graceTime+stopTime)
+	defer cancel()
+	var err error
+	if polite {
+		err = a.runner.Terminate(ctx, graceTime)
+	} else {
+		err = a.runner.Kill(ctx)
+	}
+	if err != nil {
+		a.log.Printf("coffer: %v", err)
+		return
+	}
+	if a.exitLogged != nil {
+		<-a.exitLogged // the last line is another one
+	}
+}
+
+// within returns when f has, or after d.
+func within(d time.Duration, f func()) {
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		f()
+	}()
+	select {
+	case <-done:
+	case <-time.After(d):
+	}
+}
+
+func (a *agent) system(context.Context) error { return a.Mount() }
+
+// takeOver reads what init left.
+func (a *agent) takeOver(context.Context) error {
+	text, err := a.Handover()
+	if err != nil {
+		return err
+	}
+	if a.handover, err = guestconfig.ParseHandover(text); err != nil {
+		return fmt.Errorf("handover: %w", err)
+	}
+	if a.cfg, err = guestconfig.Parse(a.handover.Config); err != nil {
+		return err
+	}
+	if a.net, err = newNetwork(a.Deps, a.cfg, a.handover.DNS); err != nil {
+		return err
+	}
+	source, err := a.Evidence(a.cfg.Platform, a.cfg.TEE)
+	if err != nil {
+		return boot.Fail(boot.CodeEvidence, err)
+	}
+	kbs, err := a.KBS(a.cfg.KBS, a.net.dial)
+	if err != nil {
+		return err
+	}
+	a.verifier = &verifier{kbs: kbs, net: a.net, source: source, canary: a.cfg.KBS.CanaryPath}
+	return a.Hostname(a.cfg.CVMID)
+}
+
+// ports opens the workload's ports. Until here only the KBS was reachable.
+func (a *agent) ports(context.Context) error {
+	a.log.Printf("coffer: allowed ports in=%s out=%s, and out to the KBS and the resolvers", portList(a.cfg.Network.AllowedPorts), portList(a.cfg.Network.AllowedOutPorts))
+	return a.net.apply()
+}
+
+func portList(ports []guestconfig.Port) string {
+	if len(ports) == 0 {
+		return "none"
+	}
+	var s string
+	for i, p := range ports {
+		if i > 0 {
+			s += ","
+		}
+		s += fmt.Sprintf("%d/%s", p.Port, p.Proto)
+	}
+	return s
+}
+
+func (a *agent) drives(ctx context.Context) error {
+	for _, m := range append(drives.Host(), drives.Scratch(a.handover.ScratchDevice)) {
+		m.Target = a.target(m.Target)
+		if err := a.Attach(ctx, m); err != nil {
+			return err
+		}
+	}
+	var err error
+	if a.logs, err = openLogs(a.Paths.Applog); err != nil {
+		return err
+	}
+	for _, line := range a.handover.BootLog {
+		fmt.Fprintln(a.logs.boot, line)
+	}
+	a.console.Attach(a.logs.boot)
+
+	// The writable layer is new at every boot, /vault stays. Removing a large
+	// layer takes its time; nothing waits for it.
+	trash := filepath.Join(a.Paths.Scratch, "trash")
+	if err := os.MkdirAll(trash, 0o700); err != nil {
+		return err
+	}
+	old := filepath.Join(trash, fmt.Sprint(time.Now().UnixNano()))
+	if err := os.Rename(a.upper(), old); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
+	go os.RemoveAll(trash)
+	// Only the container sees it; which of its users may is its own business.
+	if err := os.Mkdir(a.vault(), 0o700); err == nil {
+		return os.Chmod(a.vault(), 0o1777)
+	} else if !errors.Is(err, os.ErrExist) {
+		return err
+	}
+	return nil
+}
+
+// target is where a drive of the table goes, the paths of Deps respected.
+func (a *agent) target(name string) string {
+	switch name {
+	case "/applog":
+		return a.Paths.Applog
+	case "/user_config":
+		return a.Paths.UserConfig
+	case "/user_data":
+		return a.Paths.UserData
+	}
+	return a.Paths.Scratch
+}
+
+func (a *agent) upper() string { return filepath.Join(a.Paths.Scratch, "upper") }
+func (a *agent) vault() string { return filepath.Join(a.Paths.Scratch, "vault") }
+
+func (a *agent) containerd(ctx context.Context) error {
+	var err error
+	a.daemon, err = daemon.Start(ctx, daemon.Config{
+		Binary:    filepath.Join(a.Paths.Bin, "containerd"),
+		Path:      a.Paths.Bin,
+		Root:      filepath.Join(a.Paths.Run, "containerd-root"),
+		State:     filepath.Join(a.Paths.Run, "containerd"),
+		Snapshots: a.upper(),
+		Layers:    a.Paths.Layers,
+		Log:       a.logs.containerd,
+		Start:     a.StartChild,
+		Printf:    a.log.Printf,
+	})
+	return err
+}
+
+func (a *agent) importImage(ctx context.Context) error {
+	var err error
+	a.image, err = workload.Import(ctx, a.daemon.Client(), workload.ImageSource{
+		Meta: a.Paths.ImageMeta, Layers: a.Paths.Layers, Digest: a.cfg.Workload.ImageDigest,
+	})
+	return err
+}
+
+// attest waits for the first pass.
+func (a *agent) attest(ctx context.Context) error {
+	c := a.cfg.Attestation
+	stale := time.Duration(c.MaxStaleness) * time.Second
+	a.loop = &attest.Loop{
+		Policy: attest.Policy{
+			Every:        time.Duration(c.CheckFrequency) * time.Second,
+			MaxStaleness: stale,
+			FirstWithin:  min(stale, firstWithin),
+			Action:       c.FailureAction,
+			Restart:      c.RestartOnRecovery,
+		},
+		Round:     a.verifier.round,
+		Classify:  classify,
+		Report:    a.report,
+		Printf:    a.log.Printf,
+		Start:     a.startWorkload,
+		Stop:      func(ctx context.Context) error { return a.runner.Kill(ctx) },
+		Now:       a.Now,
+		RoundTime: roundTime, StartTime: startTime, StopTime: stopTime,
+	}
+	return a.loop.First(ctx)
+}
+
+func (a *agent) workload(ctx context.Context) error {
+	w := a.cfg.Workload
+	p := a.Paths
+	var err error
+	a.runner, err = workload.Create(ctx, a.daemon.Client(), a.image, workload.Config{
+		ID:         "workload",
+		Hostname:   a.cfg.CVMID,
+		Cgroup:     "/coffer/workload",
+		CgroupRoot: p.CgroupRoot,
+		Args:       w.Args,
+		Env:        w.Env,
+		MemoryMiB:  w.MemoryMiB,
+		PidsMax:    w.PidsMax,
+		TmpMiB:     w.TmpMiB,
+		Binds: []workload.Bind{
+			{Source: p.UserConfig, Target: "/user_config", ReadOnly: true}, // startup scripts run from there
+			{Source: p.UserData, Target: "/user_data"},
+			{Source: p.Applog, Target: "/applog", NoExec: true},
+			{Source: a.vault(), Target: "/vault"},
+			{Source: p.Hosts, Target: "/etc/hosts", ReadOnly: true},
+			{Source: p.ResolvConf, Target: "/etc/resolv.conf", ReadOnly: true},
+		},
+		FIFODir: filepath.Join(p.Run, "coffer", "fifo"),
+		Stdout:  a.logs.stream(a.output),
+		Stderr:  a.logs.stream(a.output),
+	})
+	if err != nil {
+		return err
+	}
+	return a.loop.StartFirst(ctx)
+}
+
+// startWorkload starts the container for the loop.
+func (a *agent) startWorkload(ctx context.Context) (<-chan error, error) {
+	ended, err := a.runner.Start(ctx)
+	if err != nil {
+		return nil, err
+	}
+	began := a.Now()
+	a.log.Printf("workload started image=%s", a.cfg.Workload.ImageDigest)
+	exited := make(chan error, 1)
+	logged := make(chan struct{})
+	a.exitLogged = logged
+	go func() {
+		defer close(logged)
+		<-ended
+		exit := a.runner.Exit()
+		a.log.Printf("workload exited %s seconds=%.1f", exit, (a.Now() - began).Seconds())
+		exited <- workloadExit{exit}
+	}()
+	return exited, nil
+}

@@ -1,0 +1,282 @@
+package attest
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"strings"
+	"sync"
+	"testing"
+	"testing/synctest"
+	"time"
+
+	"coffer/internal/boot"
+	"coffer/internal/guestconfig"
+)
+
+var (
+	errDenied = errors.New("denied")
+	errSilent = errors.New("silent")
+)
+
+// world is what a Loop acts on. It runs in a synctest bubble: no goroutine of
+// the loop runs while the test looks at it after synctest.Wait.
+type world struct {
+	*Loop
+	mu       sync.Mutex
+	verdict  error // of the rounds to come
+	takes    time.Duration
+	running  chan error // of the present run, nil when none
+	starts   int
+	startErr error
+	stopErr  error
+	lines    []string
+	results  []Result
+}
+
+func newWorld(action string, restart bool) *world {
+	w := &world{takes: time.Second}
+	began := time.Now()
+	w.Loop = &Loop{
+		Policy: policy(action, restart),
+		Round: func(ctx context.Context) error {
+			w.mu.Lock()
+			verdict, takes := w.verdict, w.takes
+			w.mu.Unlock()
+			select {
+			case <-time.After(takes):
+				return verdict
+			case <-ctx.Done():
+				return errSilent
+			}
+		},
+		Classify: func(err error) (Verdict, string, string) {
+			if errors.Is(err, errDenied) {
+				return Negative, "E_KBS_DENIED", err.Error()
+			}
+			return Unknown, "E_KBS_UNREACHABLE", err.Error()
+		},
+		Report: func(r Result) {
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			w.results = append(w.results, r)
+		},
+		Printf: func(f string, a ...any) {
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			w.lines = append(w.lines, fmt.Sprintf(f, a...))
+		},
+		Start: func(context.Context) (<-chan error, error) {
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			if w.startErr != nil {
+				return nil, w.startErr
+			}
+			w.starts++
+			w.running = make(chan error, 1)
+			return w.running, nil
+		},
+		Stop: func(context.Context) error {
+			w.mu.Lock()
+			defer w.mu.Unlock()
+			w.running = nil
+			return w.stopErr
+		},
+		Now:       func() time.Duration { return time.Since(began) },
+		RoundTime: 30 * time.Second, StartTime: time.Minute, StopTime: time.Minute,
+	}
+	return w
+}
+
+// live runs the loop as the agent does. The result comes through the channel.
+func (w *world) live(ctx context.Context) <-chan error {
+	done := make(chan error, 1)
+	go func() {
+		if err := w.First(ctx); err != nil {
+			done <- err
+			return
+		}
+		if err := w.StartFirst(ctx); err != nil {
+			done <- err
+			return
+		}
+		done <- w.Run(ctx)
+	}()
+	return done
+}
+
+// sync tells the race detector what fake time ensures: the loop and the test do
+// not act at the same moment. The callbacks hold the lock.
+func (w *world) sync() {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+}
+
+func (w *world) wait(d time.Duration) {
+	w.sync()
+	time.Sleep(d) // fake time
+	synctest.Wait()
+	w.sync()
+}
+
+func (w *world) saw(t *testing.T, text string) {
+	t.Helper()
+	if !strings.Contains(strings.Join(w.lines, "\n"), text) {
+		t.Errorf("no line with %q in %q", text, w.lines)
+	}
+}
+
+func ended(t *testing.T, done <-chan error) error {
+	t.Helper()
+	select {
+	case err := <-done:
+		return err
+	default:
+		t.Fatal("the loop goes on")
+		return nil
+	}
+}
+
+func TestLoopRounds(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(guestconfig.ActionStopJob, false)
+		ctx, cancel := context.WithCancelCause(context.Background())
+		done := w.live(ctx)
+		w.wait(10*time.Minute + 2*time.Second)
+		// 60 s from start to start, shortened by a tenth at most.
+		if n := len(w.results); n < 11 || n > 13 {
+			t.Errorf("%d rounds in 10 minutes", n)
+		}
+		for i, r := range w.results {
+			if r.Seq != i+1 || r.Verdict != Pass || r.Duration != time.Second || r.Code != "" || r.Reason != "" {
+				t.Errorf("result %d is %+v", i, r)
+			}
+		}
+		if w.starts != 1 || w.running == nil {
+			t.Errorf("started %d times, running %v", w.starts, w.running != nil)
+		}
+		stop := errors.New("power button")
+		cancel(stop)
+		w.wait(0)
+		if err := ended(t, done); err != stop {
+			t.Errorf("ended with %v", err)
+		}
+		if w.running == nil {
+			t.Error("the loop stopped the workload; an orderly stop is its caller's")
+		}
+		w.wait(time.Minute) // the round in flight
+	})
+}
+
+func TestLoopNegative(t *testing.T) {
+	for _, tc := range []struct {
+		action  string
+		restart bool
+	}{{guestconfig.ActionStopJob, false}, {guestconfig.ActionShutdown, false}, {guestconfig.ActionShutdown, true}} {
+		t.Run(fmt.Sprint(tc), func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld(tc.action, tc.restart)
+				done := w.live(context.Background())
+				w.wait(10 * time.Second)
+				w.verdict = errDenied
+				w.wait(55 * time.Second)
+				err := ended(t, done)
+				if boot.CodeOf(err) != boot.CodeAttestation || !strings.Contains(err.Error(), "round 2 was negative: denied") {
+					t.Errorf("ended with %s %v", boot.CodeOf(err), err)
+				}
+				if w.running != nil {
+					t.Error("the workload still runs")
+				}
+				w.saw(t, `attestation action=stop_job reason="round 2 was negative: denied"`)
+			})
+		})
+	}
+}
+
+func TestLoopRecovers(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(guestconfig.ActionStopJob, true)
+		ctx, cancel := context.WithCancel(context.Background())
+		done := w.live(ctx)
+		w.wait(10 * time.Second)
+		w.verdict = errSilent
+		w.wait(4 * time.Minute)
+		if w.running == nil {
+			t.Fatal("stopped before max_staleness")
+		}
+		w.wait(time.Minute)
+		if w.running != nil {
+			t.Fatal("runs with a pass older than max_staleness")
+		}
+		w.saw(t, "attestation action=stop_job reason=")
+		w.verdict = nil
+		w.wait(2 * time.Minute)
+		if w.running == nil || w.starts != 2 {
+			t.Fatalf("not started again after a pass: %d starts", w.starts)
+		}
+		w.saw(t, `attestation action=start_job reason="a round passed"`)
+		cancel()
+		w.wait(time.Minute)
+		ended(t, done)
+	})
+}
+
+func TestLoopLog(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(guestconfig.ActionLog, false)
+		ctx, cancel := context.WithCancel(context.Background())
+		done := w.live(ctx)
+		w.wait(10 * time.Second)
+		w.verdict = errDenied
+		w.wait(time.Hour)
+		if w.running == nil {
+			t.Error("stopped by action log")
+		}
+		if len(w.lines) != 1 {
+			t.Errorf("want one warning for one outage, got %q", w.lines)
+		}
+		cancel()
+		w.wait(time.Minute)
+		ended(t, done)
+	})
+}
+
+func TestLoopEnds(t *testing.T) {
+	lost := errors.New("exited")
+	for _, tc := range []struct {
+		name string
+		prep func(*world)
+		act  func(*world)
+		is   error
+		code boot.Code
+		runs bool
+	}{
+		{"first round negative", func(w *world) { w.verdict = errDenied }, nil, nil, boot.CodeAttestation, false},
+		{"KBS silent from the start", func(w *world) { w.verdict = errSilent }, nil, nil, boot.CodeAttestation, false},
+		{"round hangs from the start", func(w *world) { w.takes = time.Hour }, nil, nil, boot.CodeAttestation, false},
+		{"start fails", func(w *world) { w.startErr = lost }, nil, lost, boot.CodeWorkload, false},
+		{"stop fails", func(w *world) { w.stopErr = lost }, func(w *world) { w.verdict = errDenied }, lost, boot.CodeWorkload, false},
+		{"the workload exits", nil, func(w *world) { w.running <- lost }, lost, boot.CodeInternal, true},
+		{"a round panics", func(w *world) { w.Round = func(context.Context) error { panic("oops") } }, nil, nil, boot.CodeAttestation, false},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			synctest.Test(t, func(t *testing.T) {
+				w := newWorld(guestconfig.ActionStopJob, true)
+				if tc.prep != nil {
+					tc.prep(w)
+				}
+				done := w.live(context.Background())
+				w.wait(10 * time.Second)
+				if tc.act != nil {
+					tc.act(w)
+				}
+				w.wait(4 * time.Minute)
+				err := ended(t, done)
+				if err == nil || tc.is != nil && !errors.Is(err, tc.is) || boot.CodeOf(err) != tc.code {
+					t.Errorf("ended with %s %v, want %s %v", boot.CodeOf(err), err, tc.code, tc.is)
+				}
+				w.wait(time.Minute)
+			})
+		})
+	}
+}

@@ -1,0 +1,255 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net"
+	"net/netip"
+	"os"
+	"os/signal"
+	"path/filepath"
+	"strings"
+	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"coffer/agent/drives"
+	"coffer/agent/reaper"
+	"coffer/internal/evidence"
+	"coffer/internal/firewall"
+	"coffer/internal/guestconfig"
+	"coffer/internal/netup"
+	"coffer/kbsclient"
+)
+
+// System is the machine that this process is the first program of. flush gives
+// the console the time that it is worth, before the power goes.
+func System(flush func()) Deps {
+	r := reaper.New()
+	go r.Run(nil)
+	return Deps{
+		Paths: Paths{
+			Bin: "/bin", Run: "/run", Applog: "/applog", UserConfig: "/user_config", UserData: "/user_data",
+			Scratch: "/scratch", CgroupRoot: "/sys/fs/cgroup",
+			ImageMeta: guestconfig.ImageMetaPath, Layers: guestconfig.ImageLayersPath,
+			ResolvConf: guestconfig.ResolvConfPath, Hosts: guestconfig.HostsPath,
+		},
+		Mount:      mountSystem,
+		Handover:   readHandover,
+		Hostname:   func(name string) error { return unix.Sethostname([]byte(name)) },
+		Firewall:   firewall.Apply,
+		Network:    netup.Configure,
+		Lookup:     lookup,
+		Attach:     drives.Attach,
+		Detach:     detach,
+		Evidence:   evidence.Open,
+		KBS:        newKBS,
+		StartChild: r.Start,
+		Now:        SinceKernelStart,
+		Stop:       stopRequests(),
+		PowerOff: func() {
+			flush()
+			within(flushTime, unix.Sync)
+			_ = unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF)
+			os.Exit(1) // the kernel panics: a power-off that failed must not go on
+		},
+	}
+}
+
+// SinceKernelStart counts the time that the machine was suspended, too.
+func SinceKernelStart() time.Duration {
+	var t unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &t); err != nil {
+		return 0
+	}
+	return time.Duration(t.Nano())
+}
+
+// mountSystem makes of what init has left (/dev, /proc, /sys, /run) a system that
+// containers run on.
+func mountSystem() error {
+	const strict = unix.MS_NOSUID | unix.MS_NODEV | unix.MS_NOEXEC
+	for _, m := range []struct {
+		fs, at string
+		flags  uintptr
+		data   string
+	}{
+		{"devpts", "/dev/pts", unix.MS_NOSUID | unix.MS_NOEXEC, "newinstance,ptmxmode=0666,mode=0620"},
+		{"tmpfs", "/dev/shm", strict, "mode=1777,size=16m"},
+		{"tmpfs", "/tmp", strict, "mode=1777,size=64m"},
+		{"tmpfs", "/var", strict, "mode=0755,size=16m"},
+		{"cgroup2", "/sys/fs/cgroup", strict, "nsdelegate,memory_recursiveprot"},
+	} {
+		if strings.HasPrefix(m.at, "/dev/") { // the others are there: root and sysfs are read-only
+			if err := os.MkdirAll(m.at, 0o755); err != nil {
+				return err
+			}
+		}
+		if err := unix.Mount(m.fs, m.at, m.fs, m.flags, m.data); err != nil {
+			return fmt.Errorf("mount %s at %s: %w", m.fs, m.at, err)
+		}
+	}
+	if err := delegate("/sys/fs/cgroup"); err != nil {
+		return err
+	}
+	for _, s := range sysctls {
+		if err := sysctl(s.name, s.value); err != nil {
+			return err
+		}
+	}
+	// No core dump of a process that holds a secret; enough files for the workload.
+	return errors.Join(
+		limit("core", syscall.Rlimit{}, unix.RLIMIT_CORE),
+		limit("nofile", syscall.Rlimit{Cur: 1 << 20, Max: 1 << 20}, unix.RLIMIT_NOFILE))
+}
+
+// delegate hands every controller that the kernel has to the groups below.
+func delegate(root string) error {
+	have, err := os.ReadFile(filepath.Join(root, "cgroup.controllers"))
+	if err != nil {
+		return err
+	}
+	for _, c := range strings.Fields(string(have)) {
+		if err := os.WriteFile(filepath.Join(root, "cgroup.subtree_control"), []byte("+"+c), 0); err != nil {
+			return fmt.Errorf("cgroup controller %s: %w", c, err)
+		}
+	}
+	for _, c := range []string{"memory", "pids"} {
+		if !strings.Contains(" "+strings.TrimSpace(string(have))+" ", " "+c+" ") {
+			return fmt.Errorf("the kernel has no cgroup controller %s: the workload's limits would not hold", c)
+		}
+	}
+	return nil
+}
+
+// sysctls are what init has not set. It has: no modules, no kexec, no sysrq.
+var sysctls = [...]struct{ name, value string }{
+	{"kernel/perf_event_paranoid", "3"},
+	{"kernel/core_pattern", "/dev/null"},
+	{"fs/suid_dumpable", "0"},
+	{"fs/protected_fifos", "2"},
+	{"fs/protected_regular", "2"},
+	{"fs/protected_hardlinks", "1"},
+	{"fs/protected_symlinks", "1"},
+	{"net/core/bpf_jit_harden", "2"},
+	// A user namespace would give the workload capabilities in a network of its
+	// own; seccomp refuses it as well.
+	{"user/max_user_namespaces", "0"},
+}
+
+func sysctl(name, value string) error {
+	f, err := os.OpenFile("/proc/sys/"+name, os.O_WRONLY, 0)
+	if errors.Is(err, fs.ErrNotExist) { // a kernel without what it restricts
+		return nil
+	}
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteString(value)
+	if err = errors.Join(err, f.Close()); err != nil {
+		return fmt.Errorf("sysctl %s: %w", name, err)
+	}
+	return nil
+}
+
+// limit sets a limit for this process and, as package syscall remembers it, for
+// its children.
+func limit(name string, l syscall.Rlimit, resource int) error {
+	if err := syscall.Setrlimit(resource, &l); err != nil {
+		return fmt.Errorf("limit %s: %w", name, err)
+	}
+	return nil
+}
+
+// readHandover reads the file once: it is removed, as nobody else needs it.
+func readHandover() ([]byte, error) {
+	fi, err := os.Stat(guestconfig.HandoverPath)
+	if err != nil {
+		return nil, err
+	}
+	if fi.Size() > 2*guestconfig.MaxSize {
+		return nil, fmt.Errorf("%s has %d bytes", guestconfig.HandoverPath, fi.Size())
+	}
+	b, err := os.ReadFile(guestconfig.HandoverPath)
+	if err != nil {
+		return nil, err
+	}
+	return b, os.Remove(guestconfig.HandoverPath)
+}
+
+func lookup(ctx context.Context, host string) ([]netip.Addr, error) {
+	if a, err := netip.ParseAddr(host); err == nil {
+		return []netip.Addr{a}, nil
+	}
+	return net.DefaultResolver.LookupNetIP(ctx, "ip", host)
+}
+
+// detach unmounts; a drive that is still in use is made read-only and let go.
+func detach(target string) error {
+	err := unix.Unmount(target, 0)
+	if errors.Is(err, unix.EBUSY) {
+		_ = unix.Mount("", target, "", unix.MS_REMOUNT|unix.MS_RDONLY, "")
+		err = unix.Unmount(target, unix.MNT_DETACH)
+	}
+	return err
+}
+
+// kbs is the real verifier. Its client lives as long as the agent.
+type kbs struct{ client *kbsclient.Client }
+
+func newKBS(cfg guestconfig.KBS, dial Dial) (KBS, error) {
+	c, err := kbsclient.New(kbsclient.Config{
+		URL: cfg.URL, RootCAs: []byte(cfg.CA), UserAgent: "coffer-agent", Dial: dial,
+	})
+	if err != nil {
+		return nil, err
+	}
+	return kbs{c}, nil
+}
+
+func (k kbs) Canary(ctx context.Context, a kbsclient.Attester, path string) error {
+	s, err := k.client.Attest(ctx, a)
+	if err != nil {
+		return err
+	}
+	defer s.Close()
+	resource, err := s.Resource(ctx, path)
+	clear(resource)
+	return err
+}
+
+// stopRequests tells of the first wish that the machine should stop: a signal,
+// Ctrl-Alt-Del, or the power button.
+func stopRequests() <-chan string {
+	stop := make(chan string, 1)
+	ask := func(why string) {
+		select {
+		case stop <- why:
+		default:
+		}
+	}
+	signals := make(chan os.Signal, 4)
+	signal.Ignore(unix.SIGPIPE)
+	signal.Notify(signals, unix.SIGTERM, unix.SIGINT, unix.SIGPWR)
+	_ = unix.Reboot(unix.LINUX_REBOOT_CMD_CAD_OFF) // Ctrl-Alt-Del becomes SIGINT
+	go func() {
+		for s := range signals {
+			ask("signal " + s.String())
+		}
+	}()
+	devices, _ := filepath.Glob("/dev/input/event*")
+	for _, d := range devices {
+		if f, err := os.Open(d); err == nil {
+			go func() {
+				defer f.Close()
+				if awaitPowerKey(f) {
+					ask("power button")
+				}
+			}()
+		}
+	}
+	return stop
+}

@@ -1,0 +1,128 @@
+package agent
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"time"
+
+	"coffer/agent/attest"
+	"coffer/internal/boot"
+	"coffer/internal/evidence"
+	"coffer/kbsclient"
+)
+
+// verifier makes attestation rounds.
+type verifier struct {
+	kbs    KBS
+	net    *network
+	source evidence.Source
+	canary string
+}
+
+// round is one attestation. A KBS's /attest accepts evidence that its policy
+// does not want, so what counts is the canary resource, which the policy gives
+// to wanted guests only.
+func (v *verifier) round(ctx context.Context) error {
+	if err := v.net.findKBS(ctx); err != nil {
+		return err
+	}
+	err := v.kbs.Canary(ctx, attester{v.source}, v.canary)
+	// A KBS that restarts in the middle of a handshake refuses it: one more.
+	if errors.Is(err, kbsclient.ErrAttestationRefused) || errors.Is(err, kbsclient.ErrTokenNotFound) || errors.Is(err, kbsclient.ErrTokenInvalid) {
+		err = v.kbs.Canary(ctx, attester{v.source}, v.canary)
+	}
+	return err
+}
+
+// errPlatform marks what the platform, not the KBS, has failed at.
+var errPlatform = errors.New("no evidence")
+
+// attester is the evidence of one round. The platform is asked twice before it
+// counts as broken.
+type attester struct{ evidence.Source }
+
+func (a attester) Evidence(ctx context.Context, digest [48]byte) (json.RawMessage, error) {
+	e, err := a.Source.Evidence(ctx, digest)
+	if err != nil && ctx.Err() == nil {
+		select {
+		case <-time.After(time.Second):
+			e, err = a.Source.Evidence(ctx, digest)
+		case <-ctx.Done():
+		}
+	}
+	if err != nil {
+		return nil, fmt.Errorf("%w: %w", errPlatform, err)
+	}
+	return e, nil
+}
+
+// verdicts sorts the errors of a round; the first match counts. Negative is what
+// an authentic KBS has answered about this guest, and what is broken in the
+// guest itself. The rest says nothing about it: whoever cuts the line, answers
+// with another certificate or breaks the KBS must not be able to stop a job
+// before max_staleness has passed.
+var verdicts = []struct {
+	is      error
+	verdict attest.Verdict
+	code    boot.Code
+}{
+	{kbsclient.ErrPolicyDenied, attest.Negative, boot.CodeKBSDenied},
+	{kbsclient.ErrAttestationRefused, attest.Negative, boot.CodeKBSRefused},
+	{kbsclient.ErrTokenInvalid, attest.Negative, boot.CodeKBSRefused},
+	{kbsclient.ErrClock, attest.Negative, boot.CodeClock}, // is an ErrTLS too
+	{kbsclient.ErrTLS, attest.Unknown, boot.CodeKBSTLS},
+	{kbsclient.ErrUnreachable, attest.Unknown, boot.CodeKBSUnreachable},
+	{context.DeadlineExceeded, attest.Unknown, boot.CodeTimeout}, // the platform's, too
+	{errPlatform, attest.Negative, boot.CodeEvidence},
+	{kbsclient.ErrNoResource, attest.Unknown, boot.CodeKBSNoKey}, // or the KBS's storage is down: it does not tell
+}
+
+func classify(err error) (attest.Verdict, string, string) {
+	for _, v := range verdicts {
+		if errors.Is(err, v.is) {
+			return v.verdict, string(v.code), err.Error()
+		}
+	}
+	code := boot.CodeKBSProtocol
+	var coded *boot.Error
+	if errors.As(err, &coded) {
+		code = coded.Code
+	}
+	return attest.Unknown, string(code), err.Error()
+}
+
+// record is one line of attestation.jsonl.
+type record struct {
+	Time         string `json:"time"` // RFC 3339, UTC; the guest's clock
+	Seq          int    `json:"seq"`
+	Verdict      string `json:"verdict"`
+	Code         string `json:"code,omitempty"`
+	Reason       string `json:"reason,omitempty"`
+	DurationMS   int64  `json:"duration_ms"`
+	LaunchDigest string `json:"launch_digest"`
+	Simulated    bool   `json:"simulated"`
+}
+
+// report writes a round to the console and to its log.
+func (a *agent) report(r attest.Result) {
+	line := fmt.Sprintf("attestation round=%d verdict=%s reason=%q", r.Seq, r.Verdict, r.Reason)
+	if r.Code != "" {
+		line += " code=" + r.Code
+	}
+	a.log.Printf("%s", line)
+	b, err := json.Marshal(record{
+		Time:         time.Now().UTC().Format(time.RFC3339Nano),
+		Seq:          r.Seq,
+		Verdict:      r.Verdict.String(),
+		Code:         r.Code,
+		Reason:       r.Reason,
+		DurationMS:   r.Duration.Milliseconds(),
+		LaunchDigest: a.handover.LaunchDigest,
+		Simulated:    a.verifier.source.Simulated(),
+	})
+	if err == nil {
+		a.logs.attestation.Write(append(b, '\n'))
+	}
+}
