@@ -60,7 +60,8 @@ func openDisk(ctx context.Context, d guestconfig.Disk, passphrase []byte) (strin
 }
 
 // unseal opens the header's copy with the passphrase. The volume holds the
-// volume key: never print it.
+// volume key: never print it. luks.go gives no way to wipe it; it goes with this
+// program's memory when the agent takes over.
 func unseal(header []byte, d guestconfig.Disk, passphrase []byte) (*luks.Volume, error) {
 	if err := checkHeader(header, d); err != nil {
 		return nil, err

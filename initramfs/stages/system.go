@@ -196,7 +196,7 @@ const blockSize = 4096
 // openVerity maps the read-only root. From here on a block that is not the
 // builder's stops the kernel; the first block is tried without that, so that a
 // root that does not fit as a whole gets its line on the console.
-func openVerity(ctx context.Context, dev string, v guestconfig.Verity) (string, error) {
+func openVerity(_ context.Context, dev string, v guestconfig.Verity) (string, error) {
 	const name = "vroot"
 	table := devmapper.VerityTable{
 		Length:         uint64(v.DataBlocks) * blockSize,

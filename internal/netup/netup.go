@@ -45,9 +45,11 @@ const maxDNS = 3
 // ErrNoInterface means that the machine has no Ethernet interface.
 var ErrNoInterface = errors.New("no Ethernet interface; does the machine have a virtio network card?")
 
+// linkPatience is how long interface and carrier may take to appear.
+const linkPatience = 15 * time.Second
+
 // Configure brings loopback and the first Ethernet interface up and gives it
-// its address, by DHCP where static is nil. It waits for interface, carrier and
-// answer until ctx ends. Needs CAP_NET_ADMIN and, for DHCP, CAP_NET_RAW.
+// its address, by DHCP where static is nil. It asks until ctx ends. Needs CAP_NET_ADMIN and, for DHCP, CAP_NET_RAW.
 func Configure(ctx context.Context, static *guestconfig.Static) (*Network, error) {
 	return configure(ctx, static, ethernet)
 }
@@ -61,7 +63,9 @@ func configure(ctx context.Context, static *guestconfig.Static, card func() (net
 	if err := netlink.LinkSetUp(lo); err != nil {
 		return nil, fmt.Errorf("network: loopback up: %w", err)
 	}
-	link, err := waitFor(ctx, ErrNoInterface, card)
+	linkCtx, cancel := context.WithTimeout(ctx, linkPatience)
+	defer cancel()
+	link, err := waitFor(linkCtx, ErrNoInterface, card)
 	if err != nil {
 		return nil, err
 	}
@@ -73,7 +77,7 @@ func configure(ctx context.Context, static *guestconfig.Static, card func() (net
 	if err := netlink.LinkSetUp(link); err != nil {
 		return nil, fmt.Errorf("network: %s up: %w", name, err)
 	}
-	if _, err := waitFor(ctx, fmt.Errorf("%s has no carrier", name), func() (netlink.Link, error) {
+	if _, err := waitFor(linkCtx, fmt.Errorf("%s has no carrier", name), func() (netlink.Link, error) {
 		l, err := netlink.LinkByName(name)
 		if err != nil || l.Attrs().RawFlags&unix.IFF_LOWER_UP == 0 {
 			return nil, err
@@ -115,7 +119,7 @@ func ethernet() (netlink.Link, error) {
 	return slices.MinFunc(links, func(a, b netlink.Link) int { return a.Attrs().Index - b.Attrs().Index }), nil
 }
 
-// waitFor polls until get returns a link. The error at the end of ctx is missing.
+// waitFor polls until get returns a link. At the end of ctx the error is missing.
 func waitFor(ctx context.Context, missing error, get func() (netlink.Link, error)) (netlink.Link, error) {
 	tick := time.NewTicker(10 * time.Millisecond)
 	defer tick.Stop()
