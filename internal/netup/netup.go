@@ -49,7 +49,8 @@ var ErrNoInterface = errors.New("no Ethernet interface; does the machine have a 
 const linkPatience = 15 * time.Second
 
 // Configure brings loopback and the first Ethernet interface up and gives it
-// its address, by DHCP where static is nil. It asks until ctx ends. Needs CAP_NET_ADMIN and, for DHCP, CAP_NET_RAW.
+// its address, by DHCP where static is nil. It asks until ctx ends. Needs
+// CAP_NET_ADMIN and, for DHCP, CAP_NET_RAW.
 func Configure(ctx context.Context, static *guestconfig.Static) (*Network, error) {
 	return configure(ctx, static, ethernet)
 }
