@@ -408,17 +408,19 @@ func TestConnectionClosedInTLSHandshake(t *testing.T) {
 
 func TestNewRefuses(t *testing.T) {
 	key := "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n"
+	other := strings.ReplaceAll(string(newCA(t, epoch, epoch).pem), "CERTIFICATE", "TRUSTED CERTIFICATE")
 	for name, cfg := range map[string]Config{
-		"no URL":          {},
-		"no host":         {URL: "https://"},
-		"other scheme":    {URL: "ftp://kbs"},
-		"no scheme":       {URL: "kbs:8080"},
-		"plain http":      {URL: "http://kbs:8080"},
-		"password in URL": {URL: "https://u:secret@kbs"},
-		"query":           {URL: "https://kbs?x=1"},
-		"CA no PEM":       {URL: "https://kbs", RootCAs: []byte("x")},
-		"CA a key":        {URL: "https://kbs", RootCAs: []byte(key)},
-		"CA broken":       {URL: "https://kbs", RootCAs: []byte(strings.ReplaceAll(key, "PRIVATE KEY", "CERTIFICATE"))},
+		"no URL":             {},
+		"no host":            {URL: "https://"},
+		"other scheme":       {URL: "ftp://kbs"},
+		"no scheme":          {URL: "kbs:8080"},
+		"plain http":         {URL: "http://kbs:8080"},
+		"password in URL":    {URL: "https://u:secret@kbs"},
+		"query":              {URL: "https://kbs?x=1"},
+		"CA no PEM":          {URL: "https://kbs", RootCAs: []byte("x")},
+		"CA of another type": {URL: "https://kbs", RootCAs: []byte(other)},
+		"CA a key":           {URL: "https://kbs", RootCAs: []byte(key)},
+		"CA broken":          {URL: "https://kbs", RootCAs: []byte(strings.ReplaceAll(key, "PRIVATE KEY", "CERTIFICATE"))},
 	} {
 		t.Run(name, func(t *testing.T) {
 			_, err := New(cfg)
