@@ -100,6 +100,16 @@ func TestFailOpenUpload(t *testing.T) {
 	}
 }
 
+// TestEngineWordBehindAllow: what old Trustee misreads in the same way as an
+// unknown `if` is no policy at all to OPA.
+func TestEngineWordBehindAllow(t *testing.T) {
+	for _, text := range []string{"allow when { false }", "allow unless x { false }", "import future.keywords.if\nallow iff { false }", "allow"} {
+		if _, err := newEngine(DialectT).parse([]byte("package policy\ndefault allow = false\n" + text + "\n")); err == nil {
+			t.Errorf("%q is accepted", text)
+		}
+	}
+}
+
 // TestPolicyOnDisk: a policy that stands in the folder fails closed, too.
 func TestPolicyOnDisk(t *testing.T) {
 	r := ready(t, DialectT)
