@@ -142,3 +142,33 @@ func must(b []byte, err error) []byte {
 	}
 	return b
 }
+
+// BenchmarkKeyRelease is a whole handshake with an SNP report, a key's release
+// and its decryption, over a kept TLS connection.
+func BenchmarkKeyRelease(b *testing.B) {
+	chip, err := simsnp.New(simsnp.Params{})
+	if err != nil {
+		b.Fatal(err)
+	}
+	r := newRig(b, Options{AllowSimulated: true, SimulatedRoots: chip.RootsPEM()})
+	r.mustAdmin("POST", "/kbs/v0/resource/"+keyPath, []byte(secret))
+	r.setPolicy(rules(b, policy.Rule{CVMID: "one", Paths: []string{keyPath}, Digests: [][48]byte{measurement}, Simulated: true}))
+	ca, err := os.ReadFile(filepath.Join(r.dir, caCertFile))
+	if err != nil {
+		b.Fatal(err)
+	}
+	client, err := kbsclient.New(kbsclient.Config{URL: r.url, RootCAs: ca})
+	if err != nil {
+		b.Fatal(err)
+	}
+	for b.Loop() {
+		s, err := client.Attest(b.Context(), attester{chip, measurement})
+		if err != nil {
+			b.Fatal(err)
+		}
+		if _, err := s.Resource(b.Context(), keyPath); err != nil {
+			b.Fatal(err)
+		}
+		s.Close()
+	}
+}

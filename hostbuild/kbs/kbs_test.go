@@ -874,6 +874,41 @@ func TestInitAndNew(t *testing.T) {
 	}
 }
 
+// TestSignerWithLeadingZero: older Trustee refuses every token of such a key.
+func TestSignerWithLeadingZero(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "kbs")
+	if err := Init(dir, Options{Hosts: []string{"127.0.0.1"}}); err != nil {
+		t.Fatal(err)
+	}
+	var key *ecdsa.PrivateKey
+	for {
+		var err error
+		if key, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader); err != nil {
+			t.Fatal(err)
+		}
+		if x, y, _ := coordinates(&key.PublicKey); x[0] == 0 || y[0] == 0 {
+			break
+		}
+	}
+	cert := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour)}
+	der, err := x509.CreateCertificate(rand.Reader, cert, cert, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	keyPEM, err := privatePEM(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, b := range map[string][]byte{tokenKeyFile: keyPEM, tokenCertFile: pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})} {
+		if err := os.WriteFile(filepath.Join(dir, name), b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := New(Options{Dir: dir}); err == nil || !strings.Contains(err.Error(), "zero byte") {
+		t.Errorf("New: %v, want the zero byte named", err)
+	}
+}
+
 func TestSessionsAreBounded(t *testing.T) {
 	c := new(clock)
 	ss := newSessions(c.now)
