@@ -5,6 +5,7 @@ import (
 	"context"
 	"crypto/aes"
 	"crypto/pbkdf2"
+	"crypto/rand"
 	"crypto/sha256"
 	"encoding/base64"
 	"encoding/binary"
@@ -20,6 +21,7 @@ import (
 	"github.com/anatol/luks.go"
 	"golang.org/x/crypto/xts"
 
+	"coffer/hostbuild/disk/luks2"
 	"coffer/internal/boot"
 	"coffer/internal/guestconfig"
 	"coffer/internal/testenv"
@@ -386,4 +388,16 @@ func FuzzCheckParams(f *testing.F) {
 			t.Errorf("accepted: %q", text)
 		}
 	})
+}
+
+// What the builder writes is what the guest accepts.
+func TestBuilderHeader(t *testing.T) {
+	header, key, err := luks2.Format(luks2.Params{Passphrase: testPassphrase, Label: "crypt_root", Rand: rand.Reader})
+	if err != nil {
+		t.Fatal(err)
+	}
+	clear(key)
+	if _, err := unseal(header, pin(header), testPassphrase); err != nil {
+		t.Error(err)
+	}
 }

@@ -49,8 +49,13 @@ func (p port) report(ctx context.Context, reportData [64]byte, vmpl int) ([]byte
 	return simport.Request(f, reportData, vmpl)
 }
 
-// find waits for the port: the kernel announces it some time after the driver is up.
+// portPatience is how long the kernel may take to announce the port.
+const portPatience = 5 * time.Second
+
+// find waits for the port and returns its device.
 func (p port) find(ctx context.Context) (string, error) {
+	ctx, cancel := context.WithTimeout(ctx, portPatience)
+	defer cancel()
 	tick := time.NewTicker(20 * time.Millisecond)
 	defer tick.Stop()
 	for {

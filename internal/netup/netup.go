@@ -49,6 +49,11 @@ var ErrNoInterface = errors.New("no Ethernet interface; does the machine have a 
 // its address, by DHCP where static is nil. It waits for interface, carrier and
 // answer until ctx ends. Needs CAP_NET_ADMIN and, for DHCP, CAP_NET_RAW.
 func Configure(ctx context.Context, static *guestconfig.Static) (*Network, error) {
+	return configure(ctx, static, ethernet)
+}
+
+// configure takes the interface that card returns; nil means that none is there yet.
+func configure(ctx context.Context, static *guestconfig.Static, card func() (netlink.Link, error)) (*Network, error) {
 	lo, err := netlink.LinkByName("lo")
 	if err != nil {
 		return nil, fmt.Errorf("network: loopback: %w", err)
@@ -56,7 +61,7 @@ func Configure(ctx context.Context, static *guestconfig.Static) (*Network, error
 	if err := netlink.LinkSetUp(lo); err != nil {
 		return nil, fmt.Errorf("network: loopback up: %w", err)
 	}
-	link, err := waitFor(ctx, ErrNoInterface, ethernet)
+	link, err := waitFor(ctx, ErrNoInterface, card)
 	if err != nil {
 		return nil, err
 	}
