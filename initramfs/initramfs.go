@@ -45,6 +45,7 @@ type Base struct {
 // before compression, in hex: that stays the same across compressors.
 func WriteBase(w io.Writer, b Base) (string, error) {
 	records := []cpio.Record{
+		cpio.Directory(".", 0o755), // the kernel makes it 1777
 		cpio.Directory("dev", 0o755), cpio.Directory("proc", 0o755), cpio.Directory("sys", 0o755),
 		cpio.Directory("run", 0o755), cpio.Directory("newroot", 0o755),
 		// The kernel opens /dev/console for the init before anyone can

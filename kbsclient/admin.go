@@ -24,12 +24,16 @@ const tokenLife = 10 * time.Minute
 
 // NewAdmin signs a token for each call with key. The token suits T and H.
 func NewAdmin(cfg Config, key ed25519.PrivateKey) (*Admin, error) {
-	if len(key) != ed25519.PrivateKeySize {
-		return nil, errors.New("the admin key is no Ed25519 key")
-	}
 	c, err := New(cfg)
 	if err != nil {
 		return nil, err
+	}
+	return c.admin(key)
+}
+
+func (c *Client) admin(key ed25519.PrivateKey) (*Admin, error) {
+	if len(key) != ed25519.PrivateKeySize {
+		return nil, errors.New("the admin key is no Ed25519 key")
 	}
 	return &Admin{c: c, token: func() (string, error) {
 		now := c.cfg.Now()

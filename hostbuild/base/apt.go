@@ -44,6 +44,11 @@ func findMirror(ctx context.Context, m Mirror) (Mirror, error) {
 	if m.Keyring == "" {
 		return m, errors.New("the Debian archive keyring is missing: install the package debian-archive-keyring")
 	}
+	for _, v := range []string{m.Main, m.Security, m.Keyring} {
+		if strings.ContainsAny(v, " \t\r\n[]") { // would end a word in sources.list
+			return m, fmt.Errorf("mirror or keyring %q holds a space or bracket", v)
+		}
+	}
 	if m.Main != "" {
 		return m, nil
 	}
@@ -213,7 +218,7 @@ func (a *apt) download(ctx context.Context, p Package, dest string) error {
 	}
 	a.log("downloading %s %s from %s", p.Name, p.Version, p.Suite)
 	if _, err := run(ctx, dir, "apt-get", "-c", config, "-qq", "download", p.Name+"="+p.Version); err != nil {
-		return fmt.Errorf("suite %s no longer has %s %s, or it cannot be reached: %w", p.Suite, p.Name, p.Version, err)
+		return fmt.Errorf("suite %s of the mirror does not give %s %s; Debian keeps one version of a suite only: take a newer one, or name a mirror that keeps old ones: %w", p.Suite, p.Name, p.Version, err)
 	}
 	debs, err := filepath.Glob(filepath.Join(dir, "*.deb"))
 	if err != nil || len(debs) != 1 {

@@ -48,6 +48,20 @@ type lock struct {
 	Packages []Package `json:"packages"`
 }
 
+// ProgramsIn names the programs of a platform's base where `make` puts them:
+// all in the folder bin, the simulated platform's own with "-simulated".
+func ProgramsIn(bin, platform string) (init string, programs map[string]string) {
+	own := ""
+	if platform == PlatformSimulated {
+		own = "-" + simulatedTag
+	}
+	programs = map[string]string{"agent": filepath.Join(bin, "agent"+own)}
+	for _, name := range []string{"containerd", "containerd-shim-runc-v2", "runc"} {
+		programs[name] = filepath.Join(bin, name)
+	}
+	return filepath.Join(bin, "init"+own), programs
+}
+
 // Build makes a base. On failure nothing is left at Out, and a base that was
 // there before stays.
 func Build(ctx context.Context, p Params) (*Base, error) {
@@ -78,10 +92,16 @@ func build(ctx context.Context, p Params, image *images.Image) (*Base, error) {
 	if err := replaceable(p.Out); err != nil {
 		return nil, err
 	}
-	for _, program := range slices.Concat([]string{p.Init}, slices.Collect(maps.Values(p.Programs))) {
-		if err := checkProgram(program, p.Platform); err != nil {
+	for _, name := range slices.Sorted(maps.Keys(p.Programs)) {
+		if name != filepath.Base(name) || !filepath.IsLocal(name) {
+			return nil, fmt.Errorf("program name %q is not a plain file name", name)
+		}
+		if err := checkProgram(p.Programs[name], p.Platform); err != nil {
 			return nil, err
 		}
+	}
+	if err := checkProgram(p.Init, p.Platform); err != nil {
+		return nil, err
 	}
 	packages, debs, err := fetch(ctx, p, image)
 	if err != nil {
@@ -108,7 +128,7 @@ func build(ctx context.Context, p Params, image *images.Image) (*Base, error) {
 	}
 
 	p.Log("reading the kernel's modules")
-	k, err := readKernel(ctx, debs[roleKernel])
+	k, err := readKernel(ctx, debs[roleKernel], strings.TrimSuffix(debs[roleKernel], ".deb")+".modules.json")
 	if err != nil {
 		return nil, err
 	}
@@ -142,14 +162,11 @@ func build(ctx context.Context, p Params, image *images.Image) (*Base, error) {
 	if err := errors.Join(
 		put(kernelFile, k.image, 0o644), put(initrdFile, initrd.Bytes(), 0o644),
 		put(firmwareFile, firmware, 0o644), put(caFile, certs, 0o644),
-		os.Mkdir(filepath.Join(dir, programDir), 0o755),
+		os.Mkdir(filepath.Join(dir, programDir), 0o755), os.Chmod(filepath.Join(dir, programDir), 0o755),
 	); err != nil {
 		return nil, err
 	}
 	for _, name := range slices.Sorted(maps.Keys(p.Programs)) {
-		if name != filepath.Base(name) || !filepath.IsLocal(name) {
-			return nil, fmt.Errorf("program name %q is not a plain file name", name)
-		}
 		data, err := os.ReadFile(p.Programs[name])
 		if err != nil {
 			return nil, err
@@ -179,9 +196,8 @@ func build(ctx context.Context, p Params, image *images.Image) (*Base, error) {
 	return Open(p.Out)
 }
 
-// checkProgram refuses a program of the wrong platform: simulation code never
-// gets into a production base, and a simulated base without it would not boot.
-// Only init and agent come in two builds, told apart by their build tag.
+// checkProgram keeps simulation code out of a production base. It is told by
+// the build tag that Go records in a program.
 func checkProgram(program, platform string) error {
 	info, err := buildinfo.ReadFile(program)
 	if err != nil {
@@ -323,4 +339,15 @@ func replace(out, dir string) error {
 // write makes a file with that mode, whatever the umask.
 func write(name string, data []byte, mode os.FileMode) error {
 	return errors.Join(os.WriteFile(name, data, mode), os.Chmod(name, mode))
+}
+
+// writeAtomic makes a file that others see whole or not at all.
+func writeAtomic(name string, data []byte) error {
+	f, err := os.CreateTemp(filepath.Dir(name), ".new-")
+	if err != nil {
+		return err
+	}
+	defer os.Remove(f.Name())
+	_, err = f.Write(data)
+	return errors.Join(err, f.Close(), os.Rename(f.Name(), name))
 }

@@ -4,9 +4,11 @@ import (
 	"archive/tar"
 	"bytes"
 	"context"
+	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"os"
 	"os/exec"
 	"path"
 	"slices"
@@ -78,7 +80,9 @@ type kernel struct {
 	modules *modules.Index
 }
 
-func readKernel(ctx context.Context, deb string) (*kernel, error) {
+// readKernel reads a kernel package. The file infos keeps what its modules say
+// about themselves, which takes long to read.
+func readKernel(ctx context.Context, deb, infos string) (*kernel, error) {
 	const image, tree, builtin = "boot/vmlinuz-", "lib/modules/", "/modules.builtin"
 	files, err := unpackDeb(ctx, deb, func(name string) bool {
 		name = strings.TrimPrefix(name, "usr/")
@@ -103,10 +107,18 @@ func readKernel(ctx context.Context, deb string) (*kernel, error) {
 	if k.version == "" || list == nil || len(files) == 0 {
 		return nil, fmt.Errorf("%s is not a kernel package: it lacks vmlinuz, modules.builtin or modules", deb)
 	}
-	if k.modules, err = modules.NewIndex(files, list); err != nil {
+	var known map[string]modules.Info
+	data, err := os.ReadFile(infos)
+	if err != nil || json.Unmarshal(data, &known) != nil {
+		known = nil // none yet, or damaged: it is made anew
+	}
+	if k.modules, err = modules.NewIndex(files, list, known); err != nil {
 		return nil, fmt.Errorf("%s: %w", deb, err)
 	}
-	return &k, nil
+	if data, err = json.Marshal(k.modules.Infos()); err != nil {
+		return nil, err
+	}
+	return &k, writeAtomic(infos, data)
 }
 
 // readFile returns one file of a package.

@@ -16,8 +16,10 @@ import (
 	"fmt"
 	"io"
 	"path"
+	"runtime"
 	"slices"
 	"strings"
+	"sync"
 
 	"github.com/ulikunitz/xz"
 	"golang.org/x/sync/errgroup"
@@ -38,9 +40,9 @@ var ErrNotFound = errors.New("no such kernel module")
 // Info is what .modinfo says about loading. Names have "_" for "-", as the
 // kernel prints them.
 type Info struct {
-	Depends []string // modules that must be loaded before
-	SoftPre []string // modules or aliases that are better loaded before
-	Aliases []string // other names, may hold wildcards
+	Depends []string `json:",omitempty"` // modules that must be loaded before
+	SoftPre []string `json:",omitempty"` // modules or aliases that are better loaded before
+	Aliases []string `json:",omitempty"` // other names, may hold wildcards
 }
 
 // ParseInfo reads a .modinfo section: NUL-separated key=value. Keys other
@@ -112,52 +114,37 @@ type Module struct {
 
 // Index is all modules of one kernel.
 type Index struct {
-	modules map[string]*entry
-	aliases map[string][]string // alias to module names, sorted
+	files   map[string][]byte // by module name
+	infos   map[string]Info   // by module name
+	aliases map[string][]string
 	builtin map[string]bool
 }
 
-type entry struct {
-	Info
-	packed []byte
-}
-
 // NewIndex reads all modules of a kernel. files maps the path of each module
-// file to its content, compressed where the name ends in ".xz"; builtin is the
+// file to its content, compressed where the content is xz; builtin is the
 // kernel's modules.builtin.
-func NewIndex(files map[string][]byte, builtin []byte) (*Index, error) {
-	x := &Index{modules: map[string]*entry{}, aliases: map[string][]string{}, builtin: map[string]bool{}}
+//
+// known is what Infos returned for the same files, or nil. It saves the
+// decompression of all modules; if it does not fit the files, it is ignored.
+func NewIndex(files map[string][]byte, builtin []byte, known map[string]Info) (*Index, error) {
+	x := &Index{files: map[string][]byte{}, infos: known, aliases: map[string][]string{}, builtin: map[string]bool{}}
 	for line := range strings.Lines(string(builtin)) {
 		x.builtin[moduleName(strings.TrimSpace(line))] = true
 	}
-	var g errgroup.Group
-	g.SetLimit(4)
 	for file, packed := range files {
 		name := moduleName(file)
-		if x.modules[name] != nil {
+		if x.files[name] != nil {
 			return nil, fmt.Errorf("kernel module %s stands twice", name)
 		}
-		e := &entry{packed: packed}
-		x.modules[name] = e
-		g.Go(func() error {
-			ko, err := unpack(packed)
-			if err == nil {
-				var info *Info
-				if info, err = ReadInfo(ko); err == nil {
-					e.Info = *info
-				}
-			}
-			if err != nil {
-				return fmt.Errorf("kernel module %s: %w", file, err)
-			}
-			return nil
-		})
+		x.files[name] = packed
 	}
-	if err := g.Wait(); err != nil {
-		return nil, err
+	if !x.fits() {
+		if err := x.scan(); err != nil {
+			return nil, err
+		}
 	}
-	for name, e := range x.modules {
-		for _, a := range e.Aliases {
+	for name, info := range x.infos {
+		for _, a := range info.Aliases {
 			x.aliases[a] = append(x.aliases[a], name)
 		}
 	}
@@ -165,6 +152,42 @@ func NewIndex(files map[string][]byte, builtin []byte) (*Index, error) {
 		slices.Sort(names)
 	}
 	return x, nil
+}
+
+// Infos is what all modules say, by their names.
+func (x *Index) Infos() map[string]Info { return x.infos }
+
+func (x *Index) fits() bool {
+	for name := range x.files {
+		if _, ok := x.infos[name]; !ok {
+			return false
+		}
+	}
+	return len(x.infos) == len(x.files)
+}
+
+func (x *Index) scan() error {
+	x.infos = map[string]Info{}
+	var mu sync.Mutex
+	var g errgroup.Group
+	g.SetLimit(runtime.GOMAXPROCS(0))
+	for name, packed := range x.files {
+		g.Go(func() error {
+			ko, err := unpack(packed)
+			if err != nil {
+				return fmt.Errorf("kernel module %s: %w", name, err)
+			}
+			info, err := ReadInfo(ko)
+			if err != nil {
+				return fmt.Errorf("kernel module %s: %w", name, err)
+			}
+			mu.Lock()
+			defer mu.Unlock()
+			x.infos[name] = *info
+			return nil
+		})
+	}
+	return g.Wait()
 }
 
 // Closure returns the wanted modules and all they need, dependencies first.
@@ -176,12 +199,11 @@ func (x *Index) Closure(wanted []string) ([]Module, error) {
 	required := map[string]bool{}
 	var require func(name string)
 	require = func(name string) {
-		e := x.modules[name]
-		if e == nil || required[name] {
+		if required[name] {
 			return
 		}
 		required[name] = true
-		for _, d := range e.Depends {
+		for _, d := range x.infos[name].Depends {
 			require(d)
 		}
 	}
@@ -189,11 +211,11 @@ func (x *Index) Closure(wanted []string) ([]Module, error) {
 	state := map[string]int{} // 1: on the path to the root, 2: done
 	var visit func(name, by string) error
 	visit = func(name, by string) error {
-		e := x.modules[name]
+		info, ok := x.infos[name]
 		switch {
-		case e == nil && x.builtin[name]:
+		case !ok && x.builtin[name]:
 			return nil
-		case e == nil:
+		case !ok:
 			return fmt.Errorf("%w: %s, wanted by %s", ErrNotFound, name, by)
 		case state[name] == 1:
 			return fmt.Errorf("kernel module %s depends on itself by way of %s", name, by)
@@ -201,7 +223,7 @@ func (x *Index) Closure(wanted []string) ([]Module, error) {
 			return nil
 		}
 		state[name] = 1
-		for _, soft := range e.SoftPre {
+		for _, soft := range info.SoftPre {
 			// A soft dependency that nobody provides is nothing, and
 			// one that leads back here is already being loaded.
 			for _, p := range x.providers(soft) {
@@ -212,7 +234,7 @@ func (x *Index) Closure(wanted []string) ([]Module, error) {
 				}
 			}
 		}
-		for _, d := range e.Depends {
+		for _, d := range info.Depends {
 			if err := visit(d, name); err != nil {
 				return err
 			}
@@ -233,7 +255,7 @@ func (x *Index) Closure(wanted []string) ([]Module, error) {
 	}
 	var out []Module
 	for _, name := range order {
-		ko, err := unpack(x.modules[name].packed)
+		ko, err := unpack(x.files[name])
 		if err != nil {
 			return nil, fmt.Errorf("kernel module %s: %w", name, err)
 		}
@@ -244,7 +266,7 @@ func (x *Index) Closure(wanted []string) ([]Module, error) {
 
 // providers are the modules of that name or alias.
 func (x *Index) providers(name string) []string {
-	if x.modules[name] != nil {
+	if x.files[name] != nil {
 		return []string{name}
 	}
 	return x.aliases[name]

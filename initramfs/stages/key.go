@@ -36,6 +36,7 @@ func (g *guest) fetchKey(ctx context.Context) error {
 	}
 	patience, cancel := context.WithTimeout(ctx, keyPatience)
 	defer cancel()
+	var silence error
 	for {
 		resource, err := g.askKBS(patience, host, port)
 		if err == nil {
@@ -45,10 +46,17 @@ func (g *guest) fetchKey(ctx context.Context) error {
 		if !errors.Is(err, kbsclient.ErrUnreachable) {
 			return boot.Fail(kbsCode(err), err)
 		}
+		switch {
+		case silence == nil:
+			g.log.Printf("coffer: the KBS does not answer yet, asking for %s: %v", keyPatience, err)
+			silence = err
+		case patience.Err() == nil: // else the end of our patience is all that err tells
+			silence = err
+		}
 		select {
 		case <-time.After(keyPause):
 		case <-patience.Done():
-			return boot.Fail(boot.CodeKBSUnreachable, err)
+			return boot.Fail(boot.CodeKBSUnreachable, silence)
 		}
 	}
 }

@@ -83,11 +83,16 @@ func unseal(header []byte, d guestconfig.Disk, passphrase []byte) (*luks.Volume,
 	if err != nil {
 		return nil, boot.Fail(boot.CodeLUKSKey, fmt.Errorf("unlock with the KBS's key: %w", err))
 	}
+	return v, checkVolume(v, d)
+}
+
+// checkVolume looks at what would go into dm-crypt's table.
+func checkVolume(v *luks.Volume, d guestconfig.Disk) error {
 	if v.StorageEncryption != cipher || v.StorageSectorSize != sectorSize || v.StorageIvTweak != 0 || v.StorageOffset != uint64(d.DataOffset) {
-		return nil, boot.Fail(boot.CodeLUKSParams, fmt.Errorf("LUKS volume has cipher %q, sectors of %d, iv_tweak %d, offset %d; want %q, %d, 0, %d",
+		return boot.Fail(boot.CodeLUKSParams, fmt.Errorf("LUKS volume has cipher %q, sectors of %d, iv_tweak %d, offset %d; want %q, %d, 0, %d",
 			v.StorageEncryption, v.StorageSectorSize, v.StorageIvTweak, v.StorageOffset, cipher, sectorSize, d.DataOffset))
 	}
-	return v, nil
+	return nil
 }
 
 // checkHeader compares the header with its pin and with the parameters above.
@@ -129,10 +134,10 @@ type keyslot struct {
 		Encryption string `json:"encryption"`
 		KeySize    int    `json:"key_size"`
 	} `json:"area"`
-	KDF pbkdf2 `json:"kdf"`
+	KDF kdf `json:"kdf"`
 }
 
-type pbkdf2 struct {
+type kdf struct {
 	Type       string `json:"type"`
 	Hash       string `json:"hash"`
 	Iterations int    `json:"iterations"`
@@ -149,7 +154,7 @@ type segment struct {
 }
 
 type keyDigest struct {
-	pbkdf2
+	kdf
 	Keyslots []string `json:"keyslots"`
 	Segments []string `json:"segments"`
 	Digest   string   `json:"digest"`
@@ -212,7 +217,7 @@ func checkParams(header []byte, dataOffset int64) error {
 	return nil
 }
 
-func (k pbkdf2) sound() bool {
+func (k kdf) sound() bool {
 	return k.Type == "pbkdf2" && k.Hash == "sha256" && k.Iterations >= 1000 && k.Iterations <= 1_000_000 && decodedLen(k.Salt) >= 16
 }
 

@@ -18,9 +18,6 @@ import (
 // Platform is the one platform that this build gives evidence of.
 const Platform = guestconfig.PlatformSimulated
 
-// portName is the virtio port that leads to the simulated platform.
-const portName = "coffer.sim"
-
 // Open returns the source of the platform. This build knows the simulated one only.
 func Open(platform, tee string) (Source, error) {
 	if platform != Platform || tee != TEESNP && tee != TEESample {
@@ -62,14 +59,14 @@ func (p port) find(ctx context.Context) (string, error) {
 			return "", err
 		}
 		for _, n := range names {
-			if b, err := os.ReadFile(n); err == nil && strings.TrimSpace(string(b)) == portName {
+			if b, err := os.ReadFile(n); err == nil && strings.TrimSpace(string(b)) == simport.PortName {
 				return filepath.Join(p.dev, filepath.Base(filepath.Dir(n))), nil
 			}
 		}
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
-			return "", fmt.Errorf("no virtio port %s; is the simulated platform running? %w", portName, ctx.Err())
+			return "", fmt.Errorf("no virtio port %s; is the simulated platform running? %w", simport.PortName, ctx.Err())
 		}
 	}
 }

@@ -1,0 +1,79 @@
+# Coffer. `make` builds everything into bin/; CI runs these same targets (.ci/run).
+
+# Debian packages that building and testing need; `make deps` installs those that are missing.
+DEPS := gcc libc6-dev pkg-config libseccomp-dev debian-archive-keyring \
+	qemu-system-x86 qemu-utils cryptsetup-bin erofs-utils e2fsprogs nftables busybox-static
+FUZZTIME ?= 20s
+
+# sudo and cron often know no PATH to a Go that is not Debian's.
+export PATH := $(PATH):/usr/local/go/bin:/usr/lib/go/bin
+GO ?= go
+ifeq ($(shell $(GO) env GOVERSION 2>/dev/null),)
+$(error No usable Go: `$(GO) env` fails or `$(GO)` is not in PATH nor in /usr/local/go/bin. Install Go 1.21 or newer; it fetches the version that go.mod asks for by itself)
+endif
+
+# What the guest runs must not depend on where or by whom it was built.
+CGO_BUILD := GOFLAGS= GOOS=linux GOARCH=amd64 GOAMD64=v1 $(GO) build -trimpath -buildvcs=false
+BUILD := CGO_ENABLED=0 $(CGO_BUILD)
+LDFLAGS := -s -w -buildid=
+MAINS := $(addprefix bin/,hostbuild init agent kbs-client simplatform)
+GUEST := $(addprefix bin/,containerd containerd-shim-runc-v2 runc)
+BASES := build/base/snp/base.json build/base/simulated/base.json
+SOURCES := go.mod go.sum $(shell find agent cmd hostbuild images initramfs internal kbsclient test -type f ! -name '*_test.go' ! -path '*/testdata/*')
+
+.PHONY: all deps base test test-e2e bench demo fuzz lint clean
+.DELETE_ON_ERROR:
+
+all: $(MAINS) $(GUEST) bin/init-simulated bin/agent-simulated bin/cvm_build
+
+$(MAINS) &: $(SOURCES)
+	$(BUILD) -ldflags "$(LDFLAGS)" -o bin/ ./cmd/hostbuild ./cmd/init ./cmd/agent ./cmd/kbs-client ./test/simplatform
+	@touch $(MAINS)
+bin/%-simulated: $(SOURCES)
+	$(BUILD) -tags simulated -ldflags "$(LDFLAGS)" -o $@ ./cmd/$*
+bin/cvm_build: bin/hostbuild # the name that NVFlare's guide uses
+	ln -sf hostbuild $@
+bin/containerd: go.mod go.sum $(wildcard cmd/containerd/*.go)
+	$(BUILD) -ldflags "$(LDFLAGS)" -o $@ ./cmd/containerd
+bin/containerd-shim-runc-v2: go.mod go.sum
+	$(BUILD) -ldflags "$(LDFLAGS)" -o $@ github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2
+bin/runc: go.mod go.sum | deps # C inside: static, with libseccomp
+	CGO_ENABLED=1 $(CGO_BUILD) -tags "seccomp urfave_cli_no_docs netgo osusergo" \
+	-ldflags "$(LDFLAGS) -extldflags -static -X main.version=$$($(GO) list -m -f '{{.Version}}' github.com/opencontainers/runc | cut -c2-)" \
+	-o $@ github.com/opencontainers/runc
+
+deps:
+	@for p in $(DEPS); do dpkg-query -W -f '$${db:Status-Status}' $$p 2>/dev/null | grep -q '^installed' || missing="$$missing $$p"; done; \
+	test -z "$$missing" && test -n "$$(apt-get indextargets)" && exit; \
+	test $$(id -u) = 0 || sudo=sudo; \
+	echo "deps: apt-get update; apt-get install$$missing"; \
+	$$sudo apt-get -qq update && $$sudo env DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends $$missing
+
+# The packages of a base stay those of its first build until `make clean`;
+# both bases are made of the same.
+base: $(BASES)
+build/base/%/base.json: bin/hostbuild bin/init bin/agent bin/init-simulated bin/agent-simulated $(GUEST) | deps
+	bin/hostbuild base build --platform $* --programs bin --out build/base/$* --cache build/cache \
+	$$(ls build/base/*/base.lock 2>/dev/null | head -n 1 | sed 's/^/--locked /')
+build/base/simulated/base.json: build/base/snp/base.json
+
+# Units first; then the scenarios alone, since they time what QEMU does.
+test: all base deps
+	$(GO) test $$($(GO) list ./... | grep -v /test/scenarios)
+	$(MAKE) test-e2e
+test-e2e: all base deps
+	$(GO) test -count=1 -timeout 60m ./test/scenarios/...
+bench: all base deps
+	$(GO) test -run '^$$' -bench . -benchmem ./...
+demo: all base deps
+	bin/hostbuild demo
+fuzz:
+	@grep -rlE '^func Fuzz' --include='*_test.go' . | sort | while read -r file; do \
+	for target in $$(sed -n 's/^func \(Fuzz[A-Za-z0-9_]*\)(.*/\1/p' $$file); do \
+	echo "fuzz: $$file $$target"; $(GO) test -run '^$$' -fuzz "^$$target$$" -fuzztime $(FUZZTIME) ./$$(dirname $$file) </dev/null || exit 1; done; done
+lint:
+	@test -z "$$(gofmt -l . | tee /dev/stderr)" || { echo "lint: run gofmt -w on these files"; exit 1; }
+	$(GO) vet ./...
+	$(GO) vet -tags simulated ./...
+clean:
+	rm -rf bin build

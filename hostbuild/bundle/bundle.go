@@ -1,0 +1,318 @@
+// Package bundle writes what a site receives: the files that belong to a
+// crypt_root and its drives (launch_vm.sh, README.txt, manifest.json) and the
+// archive cvm_<id>.tgz that holds them all.
+//
+// The names are those of NVIDIA FLARE's deployment guide. Everything in a bundle
+// is readable to the host that runs it: nothing here is secret.
+package bundle
+
+import (
+	"archive/tar"
+	"bytes"
+	"cmp"
+	"compress/gzip"
+	"context"
+	"crypto/sha256"
+	_ "embed"
+	"encoding/hex"
+	"encoding/json"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"text/template"
+	"time"
+
+	"coffer/internal/guestconfig"
+)
+
+// Files of a bundle, beside ManifestName.
+const (
+	Applog     = "applog.qcow2"
+	CryptRoot  = "crypt_root.qcow2"
+	Initrd     = "initrd.img"
+	LaunchVM   = "launch_vm.sh"
+	OVMF       = "OVMF.amdsev.fd"
+	Readme     = "README.txt"
+	UserConfig = "user_config.qcow2"
+	UserData   = "user_data.qcow2"
+	Kernel     = "vmlinuz"
+
+	ManifestName = "manifest.json"
+)
+
+// Names lists all files of a bundle in the order of its archive.
+var names = []string{ManifestName, Readme, LaunchVM, OVMF, Kernel, Initrd, UserConfig, UserData, Applog, CryptRoot}
+
+// Manifest says what a bundle is made of.
+type Manifest struct {
+	Version       int                     `json:"version"`
+	CVMID         string                  `json:"cvm_id"`
+	Platform      string                  `json:"platform"`
+	Created       time.Time               `json:"created"`
+	Files         []File                  `json:"files"` // all but the manifest
+	Cmdline       string                  `json:"cmdline"`
+	LaunchDigests []LaunchDigest          `json:"launch_digests"`
+	GuestFeatures string                  `json:"guest_features"` // SEV_FEATURES, hex
+	Base          Base                    `json:"base"`
+	Image         Image                   `json:"image"`
+	Disk          guestconfig.Disk        `json:"disk"`
+	KBS           KBS                     `json:"kbs"`
+	Network       guestconfig.Network     `json:"network"`
+	Attestation   guestconfig.Attestation `json:"attestation"`
+}
+
+// File is a file of the bundle.
+type File struct {
+	Name   string `json:"name"`
+	Size   int64  `json:"size"`
+	SHA256 string `json:"sha256"`
+}
+
+// LaunchDigest is what the chip reports for one shape of the VM.
+type LaunchDigest struct {
+	CPU    string `json:"cpu"`
+	VCPUs  int    `json:"vcpus"`
+	Digest string `json:"digest"` // hex
+}
+
+// Base names the guest base and the packages in it.
+type Base struct {
+	ID            string    `json:"id"`
+	KernelVersion string    `json:"kernel_version"`
+	Packages      []Package `json:"packages"`
+}
+
+// Package is a package that went into the base.
+type Package struct {
+	Name    string `json:"name"`
+	Version string `json:"version"`
+	SHA256  string `json:"sha256"`
+}
+
+// Image names the workload's image.
+type Image struct {
+	Name         string   `json:"name"`
+	Digest       string   `json:"digest"`
+	ConfigDigest string   `json:"config_digest"`
+	DiffIDs      []string `json:"diff_ids"`
+}
+
+// KBS says where the key lies.
+type KBS struct {
+	URL        string `json:"url"`
+	KeyPath    string `json:"key_path"`
+	CanaryPath string `json:"canary_path"`
+}
+
+// Cmdline returns the kernel command line of a CVM. It is measured, and carries
+// hardening (facts of the words: docs/security.md) and the CVM's id alone.
+func Cmdline(platform, cvmID string) string {
+	words := "console=ttyS0 loglevel=4 panic=-1 oops=panic mce=off random.trust_cpu=on random.trust_bootloader=off" +
+		" ia32_emulation=off vsyscall=none debugfs=off efi=noruntime init_on_alloc=1 acpi_no_static_ssdt" +
+		" module.sig_enforce=1 lockdown=integrity"
+	if platform == guestconfig.PlatformSNP {
+		words += " tsc=reliable clocksource=tsc no-kvmclock"
+	}
+	return words + " vm_id=" + cvmID
+}
+
+//go:embed launch_vm.sh.tmpl
+var launchTemplate string
+
+// Launch is what launch_vm.sh is made from.
+type Launch struct {
+	CVMID     string
+	Platform  string
+	CPUModels []string
+	VCPUs     []int
+	MemoryMiB int64
+	Cmdline   string
+	Ports     []guestconfig.Port
+	Files     []File // of these, the measured ones are checked at the start
+}
+
+// LaunchScript renders launch_vm.sh.
+func LaunchScript(l Launch) ([]byte, error) {
+	var tcp, udp []string
+	for _, p := range l.Ports {
+		if p.Proto == "udp" {
+			udp = append(udp, strconv.Itoa(int(p.Port)))
+		} else {
+			tcp = append(tcp, strconv.Itoa(int(p.Port)))
+		}
+	}
+	var vcpus, sums []string
+	for _, n := range l.VCPUs {
+		vcpus = append(vcpus, strconv.Itoa(n))
+	}
+	for _, f := range l.Files {
+		if f.Name == Kernel || f.Name == Initrd || f.Name == OVMF {
+			sums = append(sums, f.SHA256+"  "+f.Name)
+		}
+	}
+	for _, s := range append([]string{l.CVMID, l.Platform, l.Cmdline}, l.CPUModels...) {
+		if strings.ContainsAny(s, "'\n") {
+			return nil, fmt.Errorf("launch_vm.sh: %q cannot stand in a shell script", s)
+		}
+	}
+	t := template.Must(template.New("launch_vm.sh").Funcs(template.FuncMap{
+		"join": func(s []string) string { return strings.Join(s, " ") },
+	}).Parse(launchTemplate))
+	var b bytes.Buffer
+	err := t.Execute(&b, map[string]any{
+		"CVMID": l.CVMID, "Platform": l.Platform, "Simulated": l.Platform == guestconfig.PlatformSimulated,
+		"CPUModels": l.CPUModels, "VCPUs": vcpus, "Cmdline": l.Cmdline, "TCPPorts": tcp, "UDPPorts": udp,
+		"MemoryMiB": l.MemoryMiB, "Sums": strings.Join(sums, "\n"),
+	})
+	return b.Bytes(), err
+}
+
+// ReadmeText is README.txt of a bundle.
+func ReadmeText(m *Manifest) []byte {
+	var b strings.Builder
+	fmt.Fprintf(&b, `%s: a confidential VM, made by Coffer
+
+Start it:       ./launch_vm.sh            (./launch_vm.sh --help, --check, --print)
+Its console:    the terminal, and console.log
+
+applog.qcow2       what the workload and the attestation log wrote; plain ext4
+crypt_root.qcow2   the encrypted root; its key comes from the KBS at
+                   %s
+                   and only for the launch digests below
+user_config.qcow2  the workload's configuration; plain ext4
+user_data.qcow2    place for the site's data; plain ext4, grow it as you like
+initrd.img vmlinuz OVMF.amdsev.fd   measured at launch: a changed byte means no key
+launch_vm.sh       starts the VM
+manifest.json      digests and versions of all of it
+
+To look into a drive without root:
+    qemu-img convert -O raw applog.qcow2 applog.raw && debugfs -R 'ls -l /' applog.raw
+
+A boot that fails ends with one line on the console:
+    coffer: FAILED phase=<phase> code=<E_...> detail="..."
+
+Launch digests (platform %s):
+`, m.CVMID, m.KBS.URL, m.Platform)
+	for _, d := range m.LaunchDigests {
+		fmt.Fprintf(&b, "    %-14s %3d vCPU  %s\n", d.CPU, d.VCPUs, d.Digest)
+	}
+	return []byte(b.String())
+}
+
+// Describe hashes the named files of dir.
+func Describe(dir string, names ...string) ([]File, error) {
+	var out []File
+	for _, n := range names {
+		f, err := describe(filepath.Join(dir, n))
+		if err != nil {
+			return nil, err
+		}
+		out = append(out, f)
+	}
+	return out, nil
+}
+
+func describe(path string) (File, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return File{}, err
+	}
+	defer f.Close()
+	h := sha256.New()
+	n, err := io.Copy(h, f)
+	if err != nil {
+		return File{}, fmt.Errorf("hash %s: %w", path, err)
+	}
+	return File{Name: filepath.Base(path), Size: n, SHA256: hex.EncodeToString(h.Sum(nil))}, nil
+}
+
+// WriteManifest writes manifest.json into dir.
+func WriteManifest(dir string, m *Manifest) error {
+	slices.SortFunc(m.Files, func(a, b File) int { return cmp.Compare(a.Name, b.Name) })
+	b, err := json.MarshalIndent(m, "", "  ")
+	if err != nil {
+		return err
+	}
+	return os.WriteFile(filepath.Join(dir, ManifestName), append(b, '\n'), 0o644)
+}
+
+// ReadManifest reads the manifest of an unpacked bundle.
+func ReadManifest(dir string) (*Manifest, error) {
+	f, err := os.Open(filepath.Join(dir, ManifestName))
+	if err != nil {
+		return nil, fmt.Errorf("%s is no bundle: %w", dir, err)
+	}
+	defer f.Close()
+	d := json.NewDecoder(io.LimitReader(f, 16<<20))
+	var m Manifest
+	if err := d.Decode(&m); err != nil {
+		return nil, fmt.Errorf("%s: %w", f.Name(), err)
+	}
+	return &m, nil
+}
+
+// Pack writes all files of dir to w as a gzip'd tar whose top folder is the
+// CVM's id. The members hardly compress, most of them being encrypted: they are
+// stored, which every tar -z reads.
+func Pack(ctx context.Context, w io.Writer, dir string, m *Manifest) error {
+	zw, err := gzip.NewWriterLevel(w, gzip.NoCompression)
+	if err != nil {
+		return err
+	}
+	tw := tar.NewWriter(zw)
+	head := tar.Header{Typeflag: tar.TypeDir, Name: m.CVMID + "/", Mode: 0o755, ModTime: m.Created, Format: tar.FormatPAX}
+	if err := tw.WriteHeader(&head); err != nil {
+		return err
+	}
+	for _, n := range names {
+		if err := packFile(ctx, tw, filepath.Join(dir, n), m); err != nil {
+			return fmt.Errorf("pack %s: %w", n, err)
+		}
+	}
+	if err := tw.Close(); err != nil {
+		return err
+	}
+	return zw.Close()
+}
+
+func packFile(ctx context.Context, tw *tar.Writer, path string, m *Manifest) error {
+	f, err := os.Open(path)
+	if err != nil {
+		return err
+	}
+	defer f.Close()
+	st, err := f.Stat()
+	if err != nil {
+		return err
+	}
+	mode := int64(0o644)
+	if filepath.Base(path) == LaunchVM {
+		mode = 0o755
+	}
+	head := tar.Header{Typeflag: tar.TypeReg, Name: m.CVMID + "/" + filepath.Base(path), Mode: mode, Size: st.Size(), ModTime: m.Created, Format: tar.FormatPAX}
+	if err := tw.WriteHeader(&head); err != nil {
+		return err
+	}
+	buf := make([]byte, 1<<20)
+	for {
+		if err := ctx.Err(); err != nil {
+			return err
+		}
+		n, err := f.Read(buf)
+		if n > 0 {
+			if _, err := tw.Write(buf[:n]); err != nil {
+				return err
+			}
+		}
+		if err == io.EOF {
+			return nil
+		}
+		if err != nil {
+			return err
+		}
+	}
+}

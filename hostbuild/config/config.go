@@ -1,0 +1,225 @@
+// Package config reads CONFIG.yaml, the description of one CVM: the keys of
+// NVIDIA FLARE's deployment guide, which NVFlare's OnPremPackager passes on, and
+// a few of Coffer's own. docs/reference.md lists them all.
+//
+// Read returns all faults at once, each with line and column. It looks at the
+// document only, never at the files that the document names.
+package config
+
+import (
+	"fmt"
+	"net/netip"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+
+	"coffer/hostbuild/yamlcheck"
+	"coffer/internal/guestconfig"
+)
+
+// GB is the unit of the drive sizes.
+const GB = 1 << 30
+
+// Config is one CVM as its owner describes it.
+type Config struct {
+	Role          string
+	DockerArchive string // absolute
+	DockerImage   string // which image of the archive, "" for the only one
+
+	RootDriveSize, ApplogDriveSize, UserConfigDriveSize, UserDataDriveSize int64 // bytes
+
+	UserConfig map[string]string // name below /user_config to absolute host path
+
+	Network     guestconfig.Network
+	Attestation guestconfig.Attestation
+	Workload    guestconfig.Workload // without the image
+
+	Issuers []Issuer
+
+	VCPUs     []int    // allowed numbers of vCPUs, the first is the default
+	CPUModels []string // allowed QEMU CPU models, the first is the default
+	MemoryMiB int64
+
+	Warnings []string
+}
+
+// Issuer is an entry of cc_issuers. Only NVFlare acts on it.
+type Issuer struct{ ID, Path string }
+
+var userConfigName = regexp.MustCompile(`^[A-Za-z0-9_][A-Za-z0-9_.-]{0,63}$`)
+
+// Read reads the file at path.
+func Read(path string) (*Config, error) {
+	doc, m, err := yamlcheck.Read(path)
+	if err != nil {
+		return nil, err
+	}
+	return build(doc, m)
+}
+
+// Parse reads data; file names it in messages.
+func Parse(file string, data []byte) (*Config, error) {
+	doc, m, err := yamlcheck.Parse(file, data)
+	if err != nil {
+		return nil, err
+	}
+	return build(doc, m)
+}
+
+func build(doc *yamlcheck.Doc, m *yamlcheck.Map) (*Config, error) {
+	c := &Config{UserConfig: map[string]string{}}
+
+	if m.Has("include") {
+		m.Faultf("include", "NVFlare resolves include: only for itself and hands it over unresolved; write the keys into this file")
+	}
+	if v := m.String("compute_env", "onprem_cvm"); v != "onprem_cvm" {
+		m.Faultf("compute_env", "%q switches confidential computing off at NVFlare; only onprem_cvm is a CVM", v)
+	}
+	m.OneOf("cc_cpu_mechanism", "amd_sev_snp", "amd_sev_snp")
+	if m.Has("cc_gpu_mechanism") {
+		m.Faultf("cc_gpu_mechanism", "this version attests no GPU; remove the key, and the GPU authorizer from cc_issuers, to build without one")
+	}
+	c.Role = m.OneOf("role", "", "server", "client")
+
+	m.Required("docker_archive", "the image, saved by `docker save NAME | gzip > app.tar.gz`")
+	c.DockerArchive = m.Path("docker_archive")
+	c.DockerImage = m.String("docker_image", "")
+
+	c.RootDriveSize = m.Int("root_drive_size", 10, 1, 65536) * GB
+	c.ApplogDriveSize = m.Int("applog_drive_size", 1, 1, 65536) * GB
+	c.UserConfigDriveSize = m.Int("user_config_drive_size", 1, 1, 65536) * GB
+	c.UserDataDriveSize = m.Int("user_data_drive_size", 1, 1, 65536) * GB
+
+	uc := m.Map("user_config")
+	for _, name := range uc.Keys() {
+		if !userConfigName.MatchString(name) || name == "lost+found" {
+			uc.Faultf(name, "is not a plain folder name")
+			continue
+		}
+		c.UserConfig[name] = uc.Path(name)
+	}
+
+	c.Network = network(m)
+	c.Attestation = attestation(m)
+	c.Workload = workload(m.Map("workload"))
+
+	for _, im := range m.Maps("cc_issuers") {
+		is := Issuer{ID: im.Required("id", "the issuer's id"), Path: im.Required("path", "the issuer's Python class")}
+		im.Int("token_expiration", 0, 1, 1<<31)
+		im.Map("args").Keys()
+		im.Finish()
+		c.Issuers = append(c.Issuers, is)
+	}
+	m.Strings("class_allow_list") // read by NVFlare alone
+
+	c.CPUModels = m.Strings("cpu_models")
+	if len(c.CPUModels) == 0 {
+		c.CPUModels = []string{"EPYC-v4"}
+	}
+	for _, s := range m.Strings("vcpus") {
+		n, err := strconv.Atoi(s)
+		if err != nil || n < 1 || n > 255 || slices.Contains(c.VCPUs, n) {
+			m.Faultf("vcpus", "%q is not a number from 1 to 255, or stands twice", s)
+			continue
+		}
+		c.VCPUs = append(c.VCPUs, n)
+	}
+	if len(c.VCPUs) == 0 {
+		c.VCPUs = []int{2}
+	}
+	c.MemoryMiB = m.Int("memory_mib", 2048, 512, 16<<20)
+
+	m.Finish()
+	c.Warnings = doc.Warnings()
+	return c, doc.Err()
+}
+
+func network(m *yamlcheck.Map) guestconfig.Network {
+	n := guestconfig.Network{
+		AllowedPorts:    ports(m, "allowed_ports"),
+		AllowedOutPorts: ports(m, "allowed_out_ports"),
+		Hosts:           map[string]string{},
+	}
+	for _, key := range []string{"hosts_entries", "host_entries"} { // the guide has both
+		h := m.Map(key)
+		for _, name := range h.Keys() {
+			addr := h.String(name, "")
+			if _, err := netip.ParseAddr(addr); err != nil {
+				h.Faultf(name, "%q is not an address", addr)
+				continue
+			}
+			n.Hosts[name] = addr
+		}
+	}
+	s := m.Map("network")
+	if s.Has("address") {
+		st := &guestconfig.Static{Address: s.String("address", ""), Gateway: s.Required("gateway", "the router's address"), DNS: s.Strings("dns")}
+		if _, err := netip.ParsePrefix(st.Address); err != nil {
+			s.Faultf("address", "%q is not address/bits, such as 192.0.2.7/24", st.Address)
+		}
+		for _, a := range append([]string{st.Gateway}, st.DNS...) {
+			if _, err := netip.ParseAddr(a); err != nil && a != "" {
+				s.Faultf("address", "%q is not an address", a)
+			}
+		}
+		n.Static = st
+	}
+	s.Finish()
+	return n
+}
+
+func ports(m *yamlcheck.Map, key string) []guestconfig.Port {
+	out := []guestconfig.Port{}
+	for _, s := range m.Strings(key) {
+		num, proto, ok := strings.Cut(s, "/")
+		if !ok {
+			proto = "tcp"
+		}
+		n, err := strconv.ParseUint(num, 10, 16)
+		p := guestconfig.Port{Port: uint16(n), Proto: proto}
+		if err != nil || n == 0 || (proto != "tcp" && proto != "udp") {
+			m.Faultf(key, "%q is not a port such as 8002 or 53/udp", s)
+			continue
+		}
+		if !slices.Contains(out, p) {
+			out = append(out, p)
+		}
+	}
+	return out
+}
+
+func attestation(m *yamlcheck.Map) guestconfig.Attestation {
+	a := m.Map("cc_attestation")
+	defer a.Finish()
+	freq := a.Int("check_frequency", 600, 1, 86400)
+	stale := a.Int("max_staleness", min(3*freq, 7*86400), 1, 7*86400)
+	if stale < freq {
+		a.Faultf("max_staleness", "%d is less than check_frequency %d", stale, freq)
+	}
+	return guestconfig.Attestation{
+		CheckFrequency:    int(freq),
+		MaxStaleness:      int(stale),
+		FailureAction:     a.OneOf("failure_action", guestconfig.ActionStopJob, guestconfig.ActionStopJob, guestconfig.ActionShutdown, guestconfig.ActionLog),
+		RestartOnRecovery: a.Bool("restart_on_recovery", false),
+	}
+}
+
+func workload(m *yamlcheck.Map) guestconfig.Workload {
+	defer m.Finish()
+	w := guestconfig.Workload{
+		Args:      m.Strings("args"),
+		MemoryMiB: m.Int("memory_mib", 0, 0, 16<<20),
+		PidsMax:   m.Int("pids_max", 4096, 16, 1<<22),
+		TmpMiB:    m.Int("tmp_mib", 256, 1, 1<<20),
+	}
+	env := m.Map("env")
+	for _, k := range env.Keys() {
+		if k == "" || strings.ContainsAny(k, "=\x00") {
+			env.Faultf(k, "is not a variable's name")
+			continue
+		}
+		w.Env = append(w.Env, fmt.Sprintf("%s=%s", k, env.String(k, "")))
+	}
+	return w
+}

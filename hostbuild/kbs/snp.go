@@ -1,0 +1,63 @@
+package kbs
+
+import (
+	"encoding/hex"
+	"fmt"
+	"path"
+	"slices"
+	"time"
+
+	"coffer/internal/snp"
+	"coffer/internal/snp/verify"
+)
+
+// reportVerifier trusts AMD's roots, and the simulated ones that o names.
+func reportVerifier(o Options, d Dialect, st *store, now func() time.Time) (verifyReport, error) {
+	roots := verify.AMDRoots()
+	if len(o.SimulatedRoots) != 0 {
+		simulated, err := verify.LoadRoots(o.SimulatedRoots)
+		if err != nil {
+			return nil, fmt.Errorf("simulated roots: %w", err)
+		}
+		roots = append(roots, simulated...)
+	}
+	minimum := o.MinTCB
+	if minimum == nil {
+		minimum = verify.DefaultMinTCB()
+	}
+	highest := uint32(snp.MaxVersion)
+	if d == DialectT {
+		highest = 4 // Trustee's older verifier knows no more
+	}
+	return func(r *snp.Report, certs []snp.Cert, reportData [64]byte) (bool, error) {
+		if !slices.ContainsFunc(certs, func(c snp.Cert) bool { return c.Type == snp.VCEK || c.Type == snp.VLEK }) {
+			der, err := st.vcek(vcekNames(r)...)
+			if err != nil {
+				return false, err
+			}
+			certs = append(certs, snp.Cert{Type: snp.VCEK, Data: der})
+		}
+		res, err := verify.Verify(r, certs, verify.Options{Roots: roots, Now: now(), ReportData: &reportData, MaxVersion: highest, MinTCB: minimum})
+		if err != nil {
+			return false, err
+		}
+		return res.Simulated, nil
+	}, nil
+}
+
+// vcekNames are the files under vcek/ in which a chip's certificate may stand,
+// as in Trustee's offline store: <chip id>/bl02_tee00_snp06_ucode21_vcek.der, on
+// Turin with _fmc00 before _vcek, or <chip id>/vcek.der. Turin's chip id counts
+// eight bytes.
+func vcekNames(r *snp.Report) []string {
+	t := r.ReportedTCB
+	id, fmc := r.ChipID[:], ""
+	if t.FMC != nil {
+		id, fmc = id[:8], fmt.Sprintf("_fmc%02d", *t.FMC)
+	}
+	dir := hex.EncodeToString(id)
+	return []string{
+		path.Join(dir, fmt.Sprintf("bl%02d_tee%02d_snp%02d_ucode%02d%s_vcek.der", t.Bootloader, t.TEE, t.SNP, t.Microcode, fmc)),
+		path.Join(dir, "vcek.der"),
+	}
+}

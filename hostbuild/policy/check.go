@@ -1,0 +1,264 @@
+package policy
+
+import (
+	"errors"
+	"fmt"
+	"strings"
+
+	"github.com/open-policy-agent/opa/v1/ast"
+)
+
+// Level says how bad a finding is.
+type Level string
+
+// Levels of a finding.
+const (
+	Error   Level = "error"   // must not be uploaded
+	Warning Level = "warning" // someone should look at it
+)
+
+// Finding is one fault of a policy text.
+type Finding struct {
+	Line    int // from 1; 0 when the fault has no line
+	Level   Level
+	Message string
+}
+
+func (f Finding) String() string {
+	if f.Line == 0 {
+		return fmt.Sprintf("%s: %s", f.Level, f.Message)
+	}
+	return fmt.Sprintf("line %d: %s: %s", f.Line, f.Level, f.Message)
+}
+
+// FailOpen finds each `if` that no import before it makes a keyword. Trustee
+// before v0.17 reads `allow if { ... }` in such a text as the fact `allow` and
+// a rule `if`: it releases every resource to everyone, and neither its answer
+// to the upload nor an evaluation with OPA shows it. The check works on the
+// text, because parsers disagree just here.
+func FailOpen(text []byte) []Finding {
+	var out []Finding
+	imported := false
+	toks := scan(text)
+	for i, t := range toks {
+		if imports(toks, i) {
+			imported = true
+		}
+		if t.s != "if" || imported || prev(toks, i) == "." {
+			continue
+		}
+		out = append(out, Finding{Line: t.line, Level: Error, Message: "`if` without `import rego.v1` above it: " +
+			"Trustee before v0.17 releases every resource to everyone under this policy; put `import rego.v1` below the package line"})
+	}
+	return out
+}
+
+// imports reports whether the statement `import rego.v1`, `import
+// future.keywords` or `import future.keywords.if`, without alias, begins at i.
+func imports(toks []token, i int) bool {
+	if toks[i].s != "import" || i > 0 && toks[i-1].line == toks[i].line {
+		return false
+	}
+	var s []string
+	for _, t := range toks[i+1:] {
+		if t.line != toks[i].line {
+			break
+		}
+		s = append(s, t.s)
+	}
+	switch strings.Join(s, "") {
+	case "rego.v1", "future.keywords", "future.keywords.if":
+		return true
+	}
+	return false
+}
+
+type token struct {
+	s    string
+	line int
+}
+
+func prev(toks []token, i int) string {
+	if i == 0 {
+		return ""
+	}
+	return toks[i-1].s
+}
+
+// scan splits Rego into words and single other characters, without blanks,
+// comments and the insides of strings.
+func scan(text []byte) []token {
+	var out []token
+	line := 1
+	for i := 0; i < len(text); {
+		c := text[i]
+		switch {
+		case c == '\n':
+			line++
+			i++
+		case c == ' ' || c == '\t' || c == '\r':
+			i++
+		case c == '#':
+			for i < len(text) && text[i] != '\n' {
+				i++
+			}
+		case c == '"' || c == '`':
+			out = append(out, token{string(c), line})
+			for i++; i < len(text) && text[i] != c; i++ {
+				if c == '"' && text[i] == '\n' {
+					break // no string of Rego: let the words behind it be seen
+				}
+				if c == '"' && text[i] == '\\' {
+					i++
+				}
+				if i < len(text) && text[i] == '\n' {
+					line++
+				}
+			}
+			if i < len(text) && text[i] == c {
+				i++
+			}
+		case word(c):
+			j := i
+			for j < len(text) && word(text[j]) {
+				j++
+			}
+			out = append(out, token{string(text[i:j]), line})
+			i = j
+		default:
+			out = append(out, token{string(c), line})
+			i++
+		}
+	}
+	return out
+}
+
+func word(c byte) bool {
+	return c == '_' || c >= '0' && c <= '9' || c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z'
+}
+
+// Check finds what is wrong with a whole policy text: what old Trustee would
+// read as a release to everyone, what one of the two generations of Trustee
+// would refuse, a damaged block, and rules of people that allow without a look
+// at the resource's path.
+func Check(text []byte) []Finding {
+	out := FailOpen(text)
+	mod, err := ast.ParseModuleWithOpts("policy.rego", string(text), ast.ParserOptions{RegoVersion: ast.RegoV1})
+	if err != nil {
+		return append(out, syntax(err)...)
+	}
+	if mod.Package.Path.String() != "data.policy" {
+		out = append(out, Finding{Line: mod.Package.Location.Row, Level: Error, Message: "the package must be `policy`: a KBS asks for data.policy.allow"})
+	}
+	if len(out) == 0 {
+		// Rego v0 with the import, as old Trustee reads it.
+		if _, err := ast.ParseModuleWithOpts("policy.rego", string(text), ast.ParserOptions{RegoVersion: ast.RegoV0}); err != nil {
+			for _, f := range syntax(err) {
+				f.Message = "old Trustee (Rego v0): " + f.Message + "; put `import rego.v1` below the package line"
+				out = append(out, f)
+			}
+		}
+	}
+	before, block, _, err := split(text)
+	first, last := 0, 0
+	if err != nil {
+		out = append(out, Finding{Level: Error, Message: err.Error()})
+	} else if block != nil {
+		first = 1 + strings.Count(string(before), "\n")
+		last = first + strings.Count(string(block), "\n") - 1
+		if _, err := parseBlock(block); err != nil {
+			out = append(out, Finding{Line: first, Level: Error, Message: err.Error()})
+		}
+	}
+	return append(out, checkRules(mod, first, last)...)
+}
+
+func syntax(err error) []Finding {
+	var es ast.Errors
+	if !errors.As(err, &es) {
+		return []Finding{{Level: Error, Message: err.Error()}}
+	}
+	var out []Finding
+	for _, e := range es {
+		f := Finding{Level: Error, Message: e.Message}
+		if e.Location != nil {
+			f.Line = e.Location.Row
+		}
+		out = append(out, f)
+	}
+	return out
+}
+
+// checkRules looks at the rules outside of lines first..last.
+func checkRules(mod *ast.Module, first, last int) []Finding {
+	var out []Finding
+	bound := pathRules(mod)
+	for _, r := range mod.Rules {
+		name := ruleName(r)
+		row := r.Head.Location.Row
+		if row >= first && row <= last {
+			continue
+		}
+		switch {
+		case strings.HasPrefix(name, "coffer_"):
+			out = append(out, Finding{Line: row, Level: Error, Message: "names that begin with coffer_ are hostbuild's: rename the rule " + name})
+		case name != "allow" || isFalse(r.Head.Value):
+		case r.Default:
+			out = append(out, Finding{Line: row, Level: Error, Message: "`default allow` is not false: every resource is released to everyone"})
+		case !reachesPath(r, bound):
+			out = append(out, Finding{Line: row, Level: Warning, Message: "this allow rule ignores data[\"resource-path\"]: " +
+				"whoever satisfies it can read every CVM's key; bind it to a path"})
+		}
+	}
+	return out
+}
+
+func isFalse(t *ast.Term) bool { return t != nil && t.Equal(ast.BooleanTerm(false)) }
+
+func ruleName(r *ast.Rule) string {
+	if ref := r.Head.Ref(); len(ref) > 0 {
+		if v, ok := ref[0].Value.(ast.Var); ok {
+			return string(v)
+		}
+	}
+	return string(r.Head.Name)
+}
+
+// pathRules are the names of the rules that use the resource's path, directly
+// or through another rule.
+func pathRules(mod *ast.Module) map[string]bool {
+	bound := map[string]bool{}
+	for changed := true; changed; {
+		changed = false
+		for _, r := range mod.Rules {
+			if name := ruleName(r); name != "allow" && !bound[name] && reachesPath(r, bound) {
+				bound[name] = true
+				changed = true
+			}
+		}
+	}
+	return bound
+}
+
+// reachesPath reports whether the rule names data["resource-path"] or a rule
+// in bound.
+func reachesPath(r *ast.Rule, bound map[string]bool) bool {
+	found := false
+	ast.WalkTerms(r, func(t *ast.Term) bool {
+		switch v := t.Value.(type) {
+		case ast.Ref:
+			if len(v) > 1 && v[0].Equal(ast.DefaultRootDocument) {
+				found = found || v[1].Equal(ast.StringTerm("resource-path"))
+				if len(v) > 2 && v[1].Equal(ast.StringTerm("policy")) {
+					if s, ok := v[2].Value.(ast.String); ok {
+						found = found || bound[string(s)]
+					}
+				}
+			}
+		case ast.Var:
+			found = found || bound[string(v)]
+		}
+		return found
+	})
+	return found
+}

@@ -1,0 +1,240 @@
+package policy
+
+import (
+	"bytes"
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+)
+
+const (
+	fileName = "policy.rego"
+	lockName = "policy.rego.lock"
+	// maxSize keeps an upload, the text in base64 inside JSON, below the 2 MiB
+	// that a KBS takes.
+	maxSize  = 1_500_000
+	lockPoll = 20 * time.Millisecond
+)
+
+// Folder holds the master copy of a policy. Several programs may use one folder.
+type Folder struct{ dir string }
+
+// OpenFolder opens dir, which must exist. A folder without policy.rego is a new
+// one: it denies everything until a rule is added.
+func OpenFolder(dir string) (*Folder, error) {
+	fi, err := os.Stat(dir)
+	if err != nil {
+		return nil, fmt.Errorf("policy folder: %w", err)
+	}
+	if !fi.IsDir() {
+		return nil, fmt.Errorf("policy folder %s is not a directory", dir)
+	}
+	return &Folder{dir: dir}, nil
+}
+
+// Path is the master copy's path.
+func (f *Folder) Path() string { return filepath.Join(f.dir, fileName) }
+
+// Text returns the master copy, or the text of a new folder.
+func (f *Folder) Text() ([]byte, error) {
+	fh, err := os.Open(f.Path())
+	if errors.Is(err, fs.ErrNotExist) {
+		return Render(nil), nil
+	}
+	if err != nil {
+		return nil, fmt.Errorf("read policy: %w", err)
+	}
+	defer fh.Close()
+	b, err := io.ReadAll(io.LimitReader(fh, maxSize+1))
+	if err != nil {
+		return nil, fmt.Errorf("read policy: %w", err)
+	}
+	if len(b) > maxSize {
+		return nil, fmt.Errorf("policy %s is larger than %d bytes, more than a KBS takes", f.Path(), maxSize)
+	}
+	return b, nil
+}
+
+// Rules returns the rules that hostbuild keeps in the folder.
+func (f *Folder) Rules() (Rules, error) {
+	text, err := f.Text()
+	if err != nil {
+		return nil, err
+	}
+	_, rules, _, err := f.parse(text)
+	return rules, err
+}
+
+func (f *Folder) parse(text []byte) (before []byte, rules Rules, after []byte, err error) {
+	before, block, after, err := split(text)
+	if err == nil && block != nil {
+		rules, err = parseBlock(block)
+	}
+	if err != nil {
+		return nil, nil, nil, fmt.Errorf("policy %s: %w", f.Path(), err)
+	}
+	return before, rules, after, nil
+}
+
+// CheckError is a policy text that must not be uploaded.
+type CheckError struct {
+	Path     string
+	Findings []Finding // all, warnings included
+}
+
+func (e *CheckError) Error() string {
+	var b strings.Builder
+	fmt.Fprintf(&b, "policy %s must not be uploaded:", e.Path)
+	for _, f := range e.Findings {
+		if f.Level == Error {
+			fmt.Fprintf(&b, "\n  %s", f)
+		}
+	}
+	return b.String()
+}
+
+// Update changes hostbuild's rules under the folder's lock: it reads the master
+// copy, lets edit change the rules, checks the new text, hands it to apply
+// (which uploads it; nil does nothing) and then replaces the master copy. When
+// edit, the check or apply fails, the master copy stays as it was; after a
+// failed apply the KBS may or may not have the new text: call Update again.
+// apply is also called when edit changed nothing, so that a second call repeats
+// the upload.
+func (f *Folder) Update(ctx context.Context, edit func(*Rules) error, apply func(ctx context.Context, text []byte) error) error {
+	unlock, err := f.lock(ctx)
+	if err != nil {
+		return err
+	}
+	defer unlock()
+	text, err := f.Text()
+	if err != nil {
+		return err
+	}
+	before, rules, after, err := f.parse(text)
+	if err != nil {
+		return err
+	}
+	if err := edit(&rules); err != nil {
+		return err
+	}
+	next := bytes.Join([][]byte{before, renderBlock(rules), after}, nil)
+	if len(next) > maxSize {
+		return fmt.Errorf("policy %s would be larger than %d bytes, more than a KBS takes", f.Path(), maxSize)
+	}
+	for _, fd := range Check(next) {
+		if fd.Level == Error {
+			return &CheckError{Path: f.Path(), Findings: Check(next)}
+		}
+	}
+	tmp, err := f.stage(next)
+	if err != nil {
+		return fmt.Errorf("write policy: %w", err)
+	}
+	defer os.Remove(tmp)
+	if apply != nil {
+		if err := apply(ctx, next); err != nil {
+			return err
+		}
+	}
+	if err := os.Rename(tmp, f.Path()); err != nil {
+		return fmt.Errorf("write policy: the KBS has it already: %w", err)
+	}
+	return syncDir(f.dir)
+}
+
+// stage writes text beside the master copy, with the master copy's mode.
+func (f *Folder) stage(text []byte) (string, error) {
+	mode := fs.FileMode(0o644)
+	if fi, err := os.Stat(f.Path()); err == nil {
+		mode = fi.Mode().Perm()
+	}
+	tmp, err := os.CreateTemp(f.dir, "."+fileName+".*")
+	if err != nil {
+		return "", err
+	}
+	_, err = tmp.Write(text)
+	err = errors.Join(err, tmp.Chmod(mode), tmp.Sync(), tmp.Close())
+	if err != nil {
+		os.Remove(tmp.Name())
+		return "", err
+	}
+	return tmp.Name(), nil
+}
+
+func syncDir(dir string) error {
+	d, err := os.Open(dir)
+	if err != nil {
+		return err
+	}
+	return errors.Join(d.Sync(), d.Close())
+}
+
+// lock waits for the folder's lock until ctx ends.
+func (f *Folder) lock(ctx context.Context) (unlock func(), err error) {
+	path := filepath.Join(f.dir, lockName)
+	fh, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o644)
+	if err != nil {
+		return nil, fmt.Errorf("lock policy folder: %w", err)
+	}
+	for {
+		err := unix.Flock(int(fh.Fd()), unix.LOCK_EX|unix.LOCK_NB)
+		if err == nil {
+			return func() { fh.Close() }, nil
+		}
+		if err != unix.EWOULDBLOCK && err != unix.EINTR {
+			fh.Close()
+			return nil, fmt.Errorf("lock %s: %w", path, err)
+		}
+		select {
+		case <-ctx.Done():
+			fh.Close()
+			return nil, fmt.Errorf("lock %s: another program holds it: %w", path, ctx.Err())
+		case <-time.After(lockPoll):
+		}
+	}
+}
+
+// split cuts text at the marker lines. Without a block, block is nil and before
+// is all of the text, ended by a newline and an empty line.
+func split(text []byte) (before, block, after []byte, err error) {
+	begin, nb := markLine(text, beginMark)
+	end, ne := markLine(text, endMark)
+	switch {
+	case nb == 0 && ne == 0:
+		before = bytes.Clone(text)
+		if len(before) > 0 && before[len(before)-1] != '\n' {
+			before = append(before, '\n')
+		}
+		return append(before, '\n'), nil, nil, nil
+	case nb != 1 || ne != 1 || end < begin:
+		return nil, nil, nil, fmt.Errorf("%w: it must begin with one line %q and end with one line %q", ErrBlock, beginMark, endMark)
+	}
+	end += len(endMark) + 1
+	if end > len(text) {
+		return nil, nil, nil, fmt.Errorf("%w: no newline behind the END line", ErrBlock)
+	}
+	return text[:begin], text[begin:end], text[end:], nil
+}
+
+// markLine returns the offset of the first line that is mark, and how many are.
+func markLine(text []byte, mark string) (first, n int) {
+	off := 0
+	for line := range bytes.Lines(text) {
+		if strings.TrimRight(string(line), "\r\n") == mark {
+			if n == 0 {
+				first = off
+			}
+			n++
+		}
+		off += len(line)
+	}
+	return first, n
+}

@@ -1,0 +1,507 @@
+package policy
+
+import (
+	"bytes"
+	"context"
+	"encoding/base64"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"os"
+	"path/filepath"
+	"reflect"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"github.com/open-policy-agent/opa/v1/ast"
+	"github.com/open-policy-agent/opa/v1/rego"
+	"github.com/open-policy-agent/opa/v1/storage/inmem"
+)
+
+func digest(b byte) [48]byte { return [48]byte(bytes.Repeat([]byte{b}, 48)) }
+
+func mustRules(t testing.TB, rules ...Rule) Rules {
+	t.Helper()
+	var rs Rules
+	for _, r := range rules {
+		if err := rs.Put(r); err != nil {
+			t.Fatal(err)
+		}
+	}
+	return rs
+}
+
+// snpClaims are the claims of a good guest, as old (base64) or new Trustee gives them.
+func snpClaims(d [48]byte, old bool) map[string]any {
+	m := hex.EncodeToString(d[:])
+	if old {
+		m = base64.StdEncoding.EncodeToString(d[:])
+	}
+	return map[string]any{
+		"measurement": m, "policy_debug_allowed": false, "policy_migrate_ma": false,
+		"reported_tcb_bootloader": 10, "reported_tcb_tee": 1, "reported_tcb_snp": 23, "reported_tcb_microcode": 84,
+	}
+}
+
+// allows evaluates text as old or new Trustee would.
+func allows(t testing.TB, text []byte, old bool, path string, evidence map[string]any) bool {
+	t.Helper()
+	version, data := ast.RegoV1, map[string]any{"plugin": "resource", "resource-path": []any{}, "query": map[string]any{}}
+	if old {
+		version, data = ast.RegoV0, map[string]any{"resource-path": "resource/" + path}
+	} else {
+		var segs []any
+		for _, s := range strings.Split(path, "/") {
+			segs = append(segs, s)
+		}
+		data["resource-path"] = segs
+	}
+	input := map[string]any{"submods": map[string]any{"cpu0": map[string]any{"ear.veraison.annotated-evidence": evidence}}}
+	rs, err := rego.New(rego.SetRegoVersion(version), rego.Query("data.policy.allow"), rego.Module("policy.rego", string(text)),
+		rego.Store(inmem.NewFromObject(data)), rego.Input(input)).Eval(context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(rs) != 1 {
+		t.Fatalf("allow has %d values, want 1", len(rs))
+	}
+	allow, ok := rs[0].Expressions[0].Value.(bool)
+	if !ok {
+		t.Fatalf("allow is %T, want a boolean", rs[0].Expressions[0].Value)
+	}
+	return allow
+}
+
+func TestRenderedPolicyDecides(t *testing.T) {
+	text := Render(mustRules(t,
+		Rule{CVMID: "one", Paths: []string{"keys/root/one", "keys/vault/one"}, Digests: [][48]byte{digest(1), digest(2)}},
+		Rule{CVMID: "two", Paths: []string{"keys/root/two"}, Digests: [][48]byte{digest(3)}, MinTCB: TCB{Bootloader: 10, SNP: 24}},
+		Rule{CVMID: "sim", Paths: []string{"keys/root/sim"}, Digests: [][48]byte{digest(4)}, Simulated: true},
+		Rule{CVMID: "smp", Paths: []string{"keys/root/smp"}, TEE: TEESample},
+	))
+	snp := func(d [48]byte, edit func(claims, evidence map[string]any)) func(bool) map[string]any {
+		return func(old bool) map[string]any {
+			c := snpClaims(d, old)
+			e := map[string]any{"snp": c, "report_data": "x"}
+			if edit != nil {
+				edit(c, e)
+			}
+			return e
+		}
+	}
+	sample := func(bool) map[string]any {
+		return map[string]any{"sample": map[string]any{"svn": "1"}, "simulated": true}
+	}
+	tests := []struct {
+		name     string
+		path     string
+		evidence func(old bool) map[string]any
+		want     bool
+	}{
+		{"own path and digest", "keys/root/one", snp(digest(1), nil), true},
+		{"second digest", "keys/root/one", snp(digest(2), nil), true},
+		{"second path", "keys/vault/one", snp(digest(2), nil), true},
+		{"another CVM's path", "keys/root/two", snp(digest(1), nil), false},
+		{"unknown path", "keys/root/three", snp(digest(1), nil), false},
+		{"unknown digest", "keys/root/one", snp(digest(9), nil), false},
+		{"debug guest", "keys/root/one", snp(digest(1), func(c, _ map[string]any) { c["policy_debug_allowed"] = true }), false},
+		{"debug claim missing", "keys/root/one", snp(digest(1), func(c, _ map[string]any) { delete(c, "policy_debug_allowed") }), false},
+		{"migration agent", "keys/root/one", snp(digest(1), func(c, _ map[string]any) { c["policy_migrate_ma"] = true }), false},
+		{"TCB claim missing", "keys/root/one", snp(digest(1), func(c, _ map[string]any) { delete(c, "reported_tcb_snp") }), false},
+		{"TCB too low", "keys/root/two", snp(digest(3), nil), false},
+		{"TCB at the minimum", "keys/root/two", snp(digest(3), func(c, _ map[string]any) { c["reported_tcb_snp"] = 24 }), true},
+		{"TCB above the minimum", "keys/root/two", snp(digest(3), func(c, _ map[string]any) { c["reported_tcb_snp"] = 200 }), true},
+		{"simulated chip, rule for hardware", "keys/root/one", snp(digest(1), func(_, e map[string]any) { e["simulated"] = true }), false},
+		{"simulated chip, rule allows it", "keys/root/sim", snp(digest(4), func(_, e map[string]any) { e["simulated"] = true }), true},
+		{"hardware, rule for simulation", "keys/root/sim", snp(digest(4), nil), true},
+		{"sample, rule for hardware", "keys/root/one", sample, false},
+		{"sample, rule for sample", "keys/root/smp", sample, true},
+		{"hardware, rule for sample", "keys/root/smp", snp(digest(1), nil), false},
+		{"no evidence", "keys/root/one", func(bool) map[string]any { return map[string]any{} }, false},
+	}
+	for _, old := range []bool{true, false} {
+		for _, tt := range tests {
+			t.Run(fmt.Sprintf("%s/old=%v", tt.name, old), func(t *testing.T) {
+				if got := allows(t, text, old, tt.path, tt.evidence(old)); got != tt.want {
+					t.Errorf("allow = %v, want %v", got, tt.want)
+				}
+			})
+		}
+	}
+}
+
+func TestRenderedPolicyOtherPlugin(t *testing.T) {
+	text := Render(mustRules(t, Rule{CVMID: "one", Paths: []string{"keys/root/one"}, Digests: [][48]byte{digest(1)}}))
+	data := map[string]any{"plugin": "pkcs11", "resource-path": []any{"keys", "root", "one"}}
+	input := map[string]any{"submods": map[string]any{"cpu0": map[string]any{"ear.veraison.annotated-evidence": map[string]any{"snp": snpClaims(digest(1), false)}}}}
+	rs, err := rego.New(rego.Query("data.policy.allow"), rego.Module("policy.rego", string(text)),
+		rego.Store(inmem.NewFromObject(data)), rego.Input(input)).Eval(context.Background())
+	if err != nil || len(rs) != 1 || rs[0].Expressions[0].Value != false {
+		t.Fatalf("allow for another plugin: %v, %v; want false", rs, err)
+	}
+}
+
+func TestRenderIsClean(t *testing.T) {
+	for _, rules := range []Rules{nil, mustRules(t, Rule{CVMID: "one", Paths: []string{"keys/root/one"}, Digests: [][48]byte{digest(1)}})} {
+		text := Render(rules)
+		if f := Check(text); len(f) != 0 {
+			t.Errorf("Check of our own text: %v", f)
+		}
+		if allows(t, text, true, "keys/root/two", map[string]any{"snp": snpClaims(digest(1), true)}) {
+			t.Error("a path without a rule is allowed")
+		}
+	}
+	a := Rule{CVMID: "a", Paths: []string{"k/r/2", "k/r/1"}, Digests: [][48]byte{digest(2), digest(1), digest(2)}}
+	b := Rule{CVMID: "b", Paths: []string{"k/r/3"}, Digests: [][48]byte{digest(2)}}
+	if !bytes.Equal(Render([]Rule{b, a}), Render(mustRules(t, a, b))) {
+		t.Error("the text depends on the order of rules")
+	}
+}
+
+func TestPutRefuses(t *testing.T) {
+	good := Rule{CVMID: "one", Paths: []string{"keys/root/one"}, Digests: [][48]byte{digest(1)}}
+	tests := []struct {
+		name string
+		edit func(*Rule)
+		want string
+	}{
+		{"no id", func(r *Rule) { r.CVMID = "" }, "the id must be"},
+		{"id with a quote", func(r *Rule) { r.CVMID = `a"b` }, "the id must be"},
+		{"no path", func(r *Rule) { r.Paths = nil }, "no resource path"},
+		{"two segments", func(r *Rule) { r.Paths = []string{"a/b"} }, "must be <repository>"},
+		{"escape", func(r *Rule) { r.Paths = []string{"a/../b"} }, "must be <repository>"},
+		{"newline", func(r *Rule) { r.Paths = []string{"a/b/c\n"} }, "must be <repository>"},
+		{"path twice", func(r *Rule) { r.Paths = []string{"a/b/c", "a/b/c"} }, "twice"},
+		{"no digest", func(r *Rule) { r.Digests = nil }, "no launch digest"},
+		{"zero digest", func(r *Rule) { r.Digests = [][48]byte{{}} }, "all zero"},
+		{"unknown TEE", func(r *Rule) { r.TEE = "tdx" }, "TEE"},
+		{"sample with digest", func(r *Rule) { r.TEE = TEESample }, "carries no measurement"},
+		{"path of another CVM", func(r *Rule) { r.CVMID = "two" }, "belongs to CVM one"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			rs := mustRules(t, good)
+			r := good
+			tt.edit(&r)
+			if err := rs.Put(r); err == nil || !strings.Contains(err.Error(), tt.want) {
+				t.Errorf("Put: %v, want %q", err, tt.want)
+			}
+			if !reflect.DeepEqual(rs, mustRules(t, good)) {
+				t.Error("a refused rule changed the rules")
+			}
+		})
+	}
+}
+
+func TestFailOpen(t *testing.T) {
+	const p = "package policy\n"
+	tests := []struct {
+		name, text string
+		lines      []int
+	}{
+		{"import rego.v1", p + "import rego.v1\nallow if { true }", nil},
+		{"import future.keywords", p + "import future.keywords\nallow if { true }", nil},
+		{"import future.keywords.if", p + "import future.keywords.if\nallow if { true }", nil},
+		{"no if", p + "default allow = false\nallow { false }", nil},
+		{"no import", p + "default allow := false\nallow if { false }\nallow := true if { false }", []int{3, 4}},
+		{"only the keyword in", p + "import future.keywords.in\nallow if { false }", []int{3}},
+		{"import in a comment", p + "# import rego.v1\nallow if { false }", []int{3}},
+		{"import in a raw string", p + "x := `\nimport rego.v1\n`\nallow if { false }", []int{5}},
+		{"import below", p + "allow if { false }\nimport rego.v1", []int{2}},
+		{"import with alias", p + "import rego.v1 as x\nallow if { false }", []int{3}},
+		{"import behind something", p + "x := 1; import rego.v1\nallow if { false }", []int{3}},
+		{"longer name", p + "import rego.v10\nallow if { false }", []int{3}},
+		{"if in comment and strings", p + "# if\nx := \"if\"\ny := `if`\nz := \"\\\" if\"", nil},
+		{"if in a name", p + "iffy := 1\nx_if := 2\nz := input.if", nil},
+		{"broken string", p + "x := \"\nallow if { false }", []int{3}},
+		{"if on a line of its own", p + "allow\nif\n{ false }", []int{3}},
+		{"windows line ends", "package policy\r\nimport rego.v1\r\nallow if { true }\r\n", nil},
+		{"empty", "", nil},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			var lines []int
+			for _, f := range FailOpen([]byte(tt.text)) {
+				if f.Level != Error {
+					t.Errorf("level %q, want error", f.Level)
+				}
+				lines = append(lines, f.Line)
+			}
+			if !reflect.DeepEqual(lines, tt.lines) {
+				t.Errorf("lines %v, want %v", lines, tt.lines)
+			}
+		})
+	}
+}
+
+func TestCheck(t *testing.T) {
+	const p = "package policy\nimport rego.v1\ndefault allow := false\n"
+	tests := []struct {
+		name, text string
+		want       []string // "line level word"
+	}{
+		{"bound to a path", p + `allow if { data["resource-path"] == ["a","b","c"]; input.submods.cpu0["ear.status"] == "affirming" }`, nil},
+		{"bound through other rules", p + "q := data[\"resource-path\"]\nr := split(q, \"/\")\nallow if r[1] == \"a\"", nil},
+		{"bound through the package", p + "q := data[\"resource-path\"]\nallow if data.policy.q == \"a\"", nil},
+		{"ignores the path", p + "\nallow if {\n\tinput.submods.cpu0[\"ear.veraison.annotated-evidence\"].snp.measurement == \"x\"\n}", []string{"5 warning ignores"}},
+		{"always", p + "allow := true", []string{"4 warning ignores"}},
+		{"default true", "package policy\nimport rego.v1\ndefault allow := true\n", []string{"3 error default allow"}},
+		{"fail-open", "package policy\ndefault allow := false\nallow if { data[\"resource-path\"] }", []string{"3 error `if` without"}},
+		{"v0 style", "package policy\ndefault allow = false\nallow { data[\"resource-path\"] }", []string{"3 error"}},
+		{"syntax", p + "allow if {", []string{"4 error"}},
+		{"other package", "package other\nimport rego.v1\n", []string{"1 error package must be"}},
+		{"our names", p + "coffer_x := 1", []string{"4 error coffer_"}},
+		{"allow as a set", p + "allow contains x if { x := 1 }", []string{"4 warning ignores"}},
+		{"empty", "", []string{"0 error"}},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			got := Check([]byte(tt.text))
+			if len(got) != len(tt.want) {
+				t.Fatalf("findings %v, want %v", got, tt.want)
+			}
+			for i, f := range got {
+				if s := fmt.Sprintf("%d %s %s", f.Line, f.Level, f.Message); !matches(s, tt.want[i]) {
+					t.Errorf("finding %q, want %q", s, tt.want[i])
+				}
+			}
+		})
+	}
+}
+
+func matches(s, want string) bool {
+	parts := strings.SplitN(want, " ", 3)
+	if !strings.HasPrefix(s, parts[0]+" "+parts[1]) {
+		return false
+	}
+	return len(parts) < 3 || strings.Contains(s, parts[2])
+}
+
+func openFolder(t *testing.T, text string) *Folder {
+	t.Helper()
+	dir := t.TempDir()
+	if text != "" {
+		if err := os.WriteFile(filepath.Join(dir, fileName), []byte(text), 0o640); err != nil {
+			t.Fatal(err)
+		}
+	}
+	f, err := OpenFolder(dir)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return f
+}
+
+func put(id string) func(*Rules) error {
+	return func(rs *Rules) error {
+		return rs.Put(Rule{CVMID: id, Paths: []string{"keys/root/" + id}, Digests: [][48]byte{digest(1)}})
+	}
+}
+
+func TestFolderNew(t *testing.T) {
+	f := openFolder(t, "")
+	ctx := context.Background()
+	var uploaded []byte
+	apply := func(_ context.Context, b []byte) error { uploaded = bytes.Clone(b); return nil }
+	if err := f.Update(ctx, put("one"), apply); err != nil {
+		t.Fatal(err)
+	}
+	text, err := f.Text()
+	if err != nil || !bytes.Equal(text, uploaded) {
+		t.Fatalf("the master copy is not what was uploaded (%v)", err)
+	}
+	if !allows(t, text, false, "keys/root/one", map[string]any{"snp": snpClaims(digest(1), false)}) {
+		t.Error("the rule does not allow its CVM")
+	}
+	err = f.Update(ctx, func(rs *Rules) error {
+		if !rs.Remove("one") || rs.Remove("one") {
+			t.Error("Remove does not say whether there was a rule")
+		}
+		return nil
+	}, apply)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if text, _ = f.Text(); !bytes.Equal(text, Render(nil)) {
+		t.Error("after removal of the only rule the text is not that of a new folder")
+	}
+}
+
+func TestFolderKeepsPeoplesText(t *testing.T) {
+	const own = "# mine\r\npackage policy\n\nimport rego.v1\n\ndefault  allow := false\n\n\nallow if {\tdata[\"resource-path\"] == \"resource/a/b/c\" }   \n# no newline at the end"
+	f := openFolder(t, own)
+	ctx := context.Background()
+	if err := f.Update(ctx, put("one"), nil); err != nil {
+		t.Fatal(err)
+	}
+	text, _ := f.Text()
+	if !bytes.HasPrefix(text, []byte(own)) {
+		t.Fatalf("text of people changed:\n%s", text)
+	}
+	// People write behind the block, too.
+	const behind = "\n\n  # behind \t\nx := 1"
+	if err := os.WriteFile(f.Path(), append(text, behind...), 0o640); err != nil {
+		t.Fatal(err)
+	}
+	if err := f.Update(ctx, put("two"), nil); err != nil {
+		t.Fatal(err)
+	}
+	text, _ = f.Text()
+	if !bytes.HasPrefix(text, []byte(own)) || !bytes.HasSuffix(text, []byte(behind)) {
+		t.Fatalf("text of people changed:\n%s", text)
+	}
+	rules, err := f.Rules()
+	if err != nil || len(rules) != 2 {
+		t.Fatalf("rules %v, %v; want two", rules, err)
+	}
+	if fi, err := os.Stat(f.Path()); err != nil || fi.Mode().Perm() != 0o640 {
+		t.Errorf("mode %v (%v), want that of the old file", fi.Mode(), err)
+	}
+}
+
+func TestFolderRefuses(t *testing.T) {
+	ours := string(Render(mustRules(t, Rule{CVMID: "one", Paths: []string{"keys/root/one"}, Digests: [][48]byte{digest(1)}})))
+	tests := []struct{ name, text, want string }{
+		{"fail-open text of people", "package policy\nallow if { false }\n", "line 2: error: `if` without"},
+		{"default allow", "package policy\nimport rego.v1\ndefault allow := true\n", "released to everyone"},
+		{"no END line", strings.Replace(ours, endMark, "", 1), "must begin with one line"},
+		{"two blocks", ours + ours[strings.Index(ours, beginMark):], "must begin with one line"},
+		{"edited digest", strings.Replace(ours, "0101", "0201", 1), "damaged"},
+		{"edited rule", strings.Replace(ours, "policy_debug_allowed == false", "policy_debug_allowed == true", 1), "is not what hostbuild wrote"},
+		{"path moved", strings.Replace(ours, `"resource/keys/root/one": "one"`, `"resource/keys/root/two": "one"`, 1), "is not what hostbuild wrote"},
+		{"line in the block", strings.Replace(ours, pathsVar, "allow := true\n"+pathsVar, 1), "is not what hostbuild wrote"},
+		{"windows line ends", strings.ReplaceAll(ours, "\n", "\r\n"), "damaged"},
+		{"cut", ours[:len(ours)-1], "no newline"},
+		{"too large", ours + strings.Repeat("#", maxSize), "larger than"},
+	}
+	for _, tt := range tests {
+		t.Run(tt.name, func(t *testing.T) {
+			f := openFolder(t, tt.text)
+			err := f.Update(context.Background(), put("two"), func(context.Context, []byte) error {
+				t.Error("the text was uploaded")
+				return nil
+			})
+			if err == nil || !strings.Contains(err.Error(), tt.want) || !strings.Contains(err.Error(), f.Path()) {
+				t.Errorf("Update: %v; want the path and %q", err, tt.want)
+			}
+			if b, _ := os.ReadFile(f.Path()); string(b) != tt.text {
+				t.Error("the master copy changed")
+			}
+		})
+	}
+}
+
+func TestFolderKeepsMasterWhenApplyFails(t *testing.T) {
+	f := openFolder(t, "")
+	ctx := context.Background()
+	if err := f.Update(ctx, put("one"), nil); err != nil {
+		t.Fatal(err)
+	}
+	want, _ := f.Text()
+	refused := errors.New("the KBS says no")
+	if err := f.Update(ctx, put("two"), func(context.Context, []byte) error { return refused }); !errors.Is(err, refused) {
+		t.Fatalf("Update: %v, want the error of apply", err)
+	}
+	if got, _ := f.Text(); !bytes.Equal(got, want) {
+		t.Error("the master copy changed though the upload failed")
+	}
+	entries, _ := os.ReadDir(f.dir)
+	if len(entries) != 2 { // policy.rego and its lock
+		t.Errorf("files left behind: %v", entries)
+	}
+}
+
+func TestFolderConcurrentUpdates(t *testing.T) {
+	dir := t.TempDir()
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	var wg sync.WaitGroup
+	var uploads [][]byte // guarded by the folder's lock
+	for i := range 20 {
+		wg.Go(func() {
+			f, err := OpenFolder(dir)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			err = f.Update(ctx, put(fmt.Sprintf("cvm-%d", i)), func(_ context.Context, b []byte) error {
+				uploads = append(uploads, bytes.Clone(b))
+				return nil
+			})
+			if err != nil {
+				t.Error(err)
+			}
+		})
+	}
+	wg.Wait()
+	f, _ := OpenFolder(dir)
+	rules, err := f.Rules()
+	if err != nil || len(rules) != 20 {
+		t.Fatalf("%d rules (%v), want 20", len(rules), err)
+	}
+	text, _ := f.Text()
+	if len(uploads) != 20 || !bytes.Equal(uploads[19], text) {
+		t.Error("the last upload is not the master copy")
+	}
+}
+
+func TestFolderLockHasDeadline(t *testing.T) {
+	f := openFolder(t, "")
+	unlock, err := f.lock(context.Background())
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer unlock()
+	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Millisecond)
+	defer cancel()
+	if err := f.Update(ctx, put("one"), nil); !errors.Is(err, context.DeadlineExceeded) {
+		t.Errorf("Update with the lock held: %v, want the deadline", err)
+	}
+}
+
+func FuzzParseBlock(f *testing.F) {
+	f.Add(renderBlock(nil))
+	f.Add(renderBlock(mustRules(f,
+		Rule{CVMID: "one", Paths: []string{"keys/root/one", "a/b/c"}, Digests: [][48]byte{digest(1), digest(2)}, Simulated: true, MinTCB: TCB{SNP: 3}},
+		Rule{CVMID: "two", Paths: []string{"keys/root/two"}, TEE: TEESample})))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		rules, err := parseBlock(b)
+		if err == nil && !bytes.Equal(renderBlock(rules), b) {
+			t.Error("a block was accepted that hostbuild does not write")
+		}
+	})
+}
+
+func FuzzCheck(f *testing.F) {
+	f.Add(Render(nil))
+	f.Add([]byte("package policy\nallow if { false }"))
+	f.Add([]byte("package policy\nimport rego.v1\nx := `\n\"`\nallow if { \"\\\"\" }"))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		Check(b)
+		// Where the scanner is content with an `if`, a parser must see the import.
+		mod, err := ast.ParseModuleWithOpts("p", string(b), ast.ParserOptions{RegoVersion: ast.RegoV1})
+		if err != nil || len(FailOpen(b)) != 0 {
+			return
+		}
+		toks := scan(b)
+		for i, tok := range toks {
+			if tok.s == "if" && prev(toks, i) != "." && !importsIf(mod) {
+				t.Fatal("an `if` without import was not found")
+			}
+		}
+	})
+}
+
+func importsIf(mod *ast.Module) bool {
+	for _, imp := range mod.Imports {
+		switch imp.Path.String() {
+		case "rego.v1", "future.keywords", "future.keywords.if":
+			if imp.Alias == "" {
+				return true
+			}
+		}
+	}
+	return false
+}

@@ -1,0 +1,92 @@
+// Package settings reads the settings of a build host: what NVFlare's one
+// argument cannot say. docs/reference.md lists the keys.
+//
+// The file is the first of: the one named on the command line, $COFFER_SETTINGS,
+// ~/.config/coffer/hostbuild.yaml, /etc/coffer/hostbuild.yaml.
+package settings
+
+import (
+	"errors"
+	"fmt"
+	"io/fs"
+	"os"
+	"path/filepath"
+	"strings"
+	"unicode"
+
+	"coffer/hostbuild/yamlcheck"
+)
+
+// Settings are a build host's. All paths are absolute.
+type Settings struct {
+	File string // where they were read
+
+	KBSURL      string // where build host and operator reach the KBS
+	KBSGuestURL string // where guests reach it; KBSURL unless they differ
+	KBSCA       string // PEM file, the only roots that are accepted
+	AdminKey    string // PKCS#8 PEM file of the KBS's admin key
+	PolicyDir   string // folder with policy.rego, the master copy
+
+	BaseDir   string // a guest base made by `hostbuild base build`
+	OutputDir string // where bundles go
+	Warnings  []string
+}
+
+// ErrNotFound says that there is no settings file.
+var ErrNotFound = errors.New("no settings file")
+
+// Find returns the settings file to use; explicit may be empty.
+func Find(explicit string, getenv func(string) string) (string, error) {
+	if explicit != "" {
+		return explicit, nil
+	}
+	if p := getenv("COFFER_SETTINGS"); p != "" {
+		return p, nil
+	}
+	var tried []string
+	if home, err := os.UserHomeDir(); err == nil {
+		tried = append(tried, filepath.Join(home, ".config/coffer/hostbuild.yaml"))
+	}
+	tried = append(tried, "/etc/coffer/hostbuild.yaml")
+	for _, p := range tried {
+		if _, err := os.Stat(p); err == nil {
+			return p, nil
+		} else if !errors.Is(err, fs.ErrNotExist) {
+			return "", fmt.Errorf("settings: %w", err)
+		}
+	}
+	return "", fmt.Errorf("%w: none of --settings, $COFFER_SETTINGS, %s, %s; `hostbuild kbs init` writes one to start from", ErrNotFound, tried[0], tried[len(tried)-1])
+}
+
+// Read reads the file at path.
+func Read(path string) (*Settings, error) {
+	doc, m, err := yamlcheck.Read(path)
+	if err != nil {
+		return nil, fmt.Errorf("settings: %w", err)
+	}
+	s := &Settings{File: path}
+	kbs := m.Map("kbs")
+	s.KBSURL = kbs.Required("url", "where the KBS is, such as https://kbs.example:8999")
+	s.KBSGuestURL = kbs.String("guest_url", s.KBSURL)
+	kbs.Required("ca", "PEM file of the authority that signed the KBS's certificate")
+	s.KBSCA = kbs.Path("ca")
+	kbs.Required("admin_key", "PEM file of the KBS's admin key")
+	s.AdminKey = kbs.Path("admin_key")
+	kbs.Finish()
+
+	m.Required("policy_dir", "folder of the master copy policy.rego")
+	s.PolicyDir = m.Path("policy_dir")
+	m.Required("base_dir", "folder of a guest base, made by `hostbuild base build`")
+	s.BaseDir = m.Path("base_dir")
+	if s.OutputDir = m.Path("output_dir"); s.OutputDir == "" {
+		if s.OutputDir, err = yamlcheck.Expand("~/.local/share/coffer/bundles"); err != nil {
+			return nil, fmt.Errorf("settings: output_dir is missing, and no home folder to fall back on: %w", err)
+		}
+	}
+	if strings.ContainsFunc(s.OutputDir, unicode.IsSpace) {
+		m.Faultf("output_dir", "%q holds a blank, and NVFlare reads the bundle's path only up to one", s.OutputDir)
+	}
+	m.Finish()
+	s.Warnings = doc.Warnings()
+	return s, doc.Err()
+}

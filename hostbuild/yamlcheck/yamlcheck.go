@@ -1,0 +1,367 @@
+// Package yamlcheck reads YAML mappings with a fixed set of keys and reports
+// every fault at once, each with its line and column.
+//
+// A key that no reader asked for is a warning, because a newer NVFlare may add
+// some; a near miss of a known key is an error with the suggestion, because a
+// misspelt key would otherwise silently leave its default in force.
+package yamlcheck
+
+import (
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+
+	"gopkg.in/yaml.v3"
+)
+
+// MaxSize bounds a document in bytes.
+const MaxSize = 1 << 20
+
+// Fault is one thing wrong with a document.
+type Fault struct {
+	File         string
+	Line, Column int
+	Text         string
+}
+
+func (f *Fault) Error() string {
+	if f.Line == 0 {
+		return fmt.Sprintf("%s: %s", f.File, f.Text)
+	}
+	return fmt.Sprintf("%s:%d:%d: %s", f.File, f.Line, f.Column, f.Text)
+}
+
+// Doc is a document being read.
+type Doc struct {
+	file     string
+	errs     []error
+	warnings []string
+}
+
+// Map is one mapping of a document. The zero value behaves as an empty one.
+type Map struct {
+	doc  *Doc
+	path string // with a trailing dot, "" at the top
+	node *yaml.Node
+	used []string
+}
+
+// Read parses the mapping in the file at path.
+func Read(path string) (*Doc, *Map, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer f.Close()
+	b, err := io.ReadAll(io.LimitReader(f, MaxSize+1))
+	if err != nil {
+		return nil, nil, fmt.Errorf("read %s: %w", path, err)
+	}
+	return Parse(path, b)
+}
+
+// Parse parses the mapping in data; file names it in messages.
+func Parse(file string, data []byte) (*Doc, *Map, error) {
+	if len(data) > MaxSize {
+		return nil, nil, &Fault{File: file, Text: fmt.Sprintf("larger than %d bytes", MaxSize)}
+	}
+	var n yaml.Node
+	if err := yaml.Unmarshal(data, &n); err != nil {
+		return nil, nil, &Fault{File: file, Text: "not YAML: " + strings.TrimPrefix(err.Error(), "yaml: ")}
+	}
+	d := &Doc{file: file}
+	m := &Map{doc: d}
+	if n.Kind == 0 {
+		return d, m, nil
+	}
+	root := resolve(n.Content[0])
+	if root.Kind != yaml.MappingNode {
+		return nil, nil, &Fault{File: file, Line: root.Line, Column: root.Column, Text: "not a list of keys and values"}
+	}
+	m.node = root
+	d.duplicates(root, "")
+	return d, m, nil
+}
+
+func resolve(n *yaml.Node) *yaml.Node {
+	for i := 0; n.Kind == yaml.AliasNode && i < 8; i++ {
+		n = n.Alias
+	}
+	return n
+}
+
+func (d *Doc) duplicates(n *yaml.Node, path string) {
+	seen := map[string]bool{}
+	for i := 0; i+1 < len(n.Content); i += 2 {
+		k := n.Content[i]
+		if seen[k.Value] {
+			d.fault(k, "key %s%s stands twice", path, k.Value)
+		}
+		seen[k.Value] = true
+	}
+}
+
+func (d *Doc) fault(n *yaml.Node, format string, a ...any) {
+	f := &Fault{File: d.file, Text: fmt.Sprintf(format, a...)}
+	if n != nil {
+		f.Line, f.Column = n.Line, n.Column
+	}
+	d.errs = append(d.errs, f)
+}
+
+// Err returns all faults, joined, or nil.
+func (d *Doc) Err() error { return errors.Join(d.errs...) }
+
+// Warnings returns what is odd but tolerable.
+func (d *Doc) Warnings() []string { return d.warnings }
+
+// Warnf adds a warning of the caller's.
+func (d *Doc) Warnf(format string, a ...any) {
+	d.warnings = append(d.warnings, d.file+": "+fmt.Sprintf(format, a...))
+}
+
+// value finds a key. null counts as absent.
+func (m *Map) value(key string) *yaml.Node {
+	m.used = append(m.used, key)
+	if m.node == nil {
+		return nil
+	}
+	for i := 0; i+1 < len(m.node.Content); i += 2 {
+		if m.node.Content[i].Value == key {
+			v := resolve(m.node.Content[i+1])
+			if v.Kind == yaml.ScalarNode && v.Tag == "!!null" {
+				return nil
+			}
+			return v
+		}
+	}
+	return nil
+}
+
+// Has reports whether the key is there and not null.
+func (m *Map) Has(key string) bool { return m.value(key) != nil }
+
+// Keys returns all keys in their order; none of them counts as unknown.
+func (m *Map) Keys() []string {
+	if m.node == nil {
+		return nil
+	}
+	var ks []string
+	for i := 0; i+1 < len(m.node.Content); i += 2 {
+		ks = append(ks, m.node.Content[i].Value)
+	}
+	m.used = append(m.used, ks...)
+	return ks
+}
+
+// Faultf reports a fault at the value of key, or at the document without one.
+func (m *Map) Faultf(key, format string, a ...any) {
+	m.doc.fault(m.value(key), "%s%s: %s", m.path, key, fmt.Sprintf(format, a...))
+}
+
+// String returns a scalar as text, or def.
+func (m *Map) String(key, def string) string {
+	v := m.value(key)
+	if v == nil {
+		return def
+	}
+	if v.Kind != yaml.ScalarNode {
+		m.Faultf(key, "must be a text")
+		return def
+	}
+	return v.Value
+}
+
+// Required is String for a key that must be there and not empty.
+func (m *Map) Required(key, what string) string {
+	s := m.String(key, "")
+	if s == "" && !slices.ContainsFunc(m.doc.errs, func(e error) bool { return strings.Contains(e.Error(), m.path+key+":") }) {
+		m.doc.fault(m.node, "%s%s is missing: %s", m.path, key, what)
+	}
+	return s
+}
+
+// OneOf is String with a closed set of values.
+func (m *Map) OneOf(key, def string, allowed ...string) string {
+	s := m.String(key, def)
+	if m.Has(key) && !slices.Contains(allowed, s) {
+		m.Faultf(key, "%q is not %s", s, strings.Join(allowed, " or "))
+		return def
+	}
+	return s
+}
+
+// Int returns a whole number within lo..hi, or def.
+func (m *Map) Int(key string, def, lo, hi int64) int64 {
+	v := m.value(key)
+	if v == nil {
+		return def
+	}
+	n, err := strconv.ParseInt(v.Value, 10, 64)
+	if v.Kind != yaml.ScalarNode || err != nil || n < lo || n > hi {
+		m.Faultf(key, "%q is not a whole number from %d to %d", v.Value, lo, hi)
+		return def
+	}
+	return n
+}
+
+// Bool returns true or false, or def.
+func (m *Map) Bool(key string, def bool) bool {
+	v := m.value(key)
+	if v == nil {
+		return def
+	}
+	var b bool
+	if v.Kind != yaml.ScalarNode || v.Decode(&b) != nil {
+		m.Faultf(key, "%q is not true or false", v.Value)
+		return def
+	}
+	return b
+}
+
+// Strings returns a list of scalars; one scalar counts as a list of one.
+func (m *Map) Strings(key string) []string {
+	v := m.value(key)
+	if v == nil {
+		return nil
+	}
+	if v.Kind == yaml.ScalarNode {
+		return []string{v.Value}
+	}
+	var out []string
+	for _, e := range v.Content {
+		e = resolve(e)
+		if v.Kind != yaml.SequenceNode || e.Kind != yaml.ScalarNode {
+			m.Faultf(key, "must be a list of texts")
+			return nil
+		}
+		out = append(out, e.Value)
+	}
+	return out
+}
+
+// Map returns the mapping at key; an empty one where there is none.
+func (m *Map) Map(key string) *Map {
+	c := &Map{doc: m.doc, path: m.path + key + "."}
+	v := m.value(key)
+	if v == nil {
+		return c
+	}
+	if v.Kind != yaml.MappingNode {
+		m.Faultf(key, "must be a list of keys and values")
+		return c
+	}
+	c.node = v
+	m.doc.duplicates(v, c.path)
+	return c
+}
+
+// Maps returns the list of mappings at key.
+func (m *Map) Maps(key string) []*Map {
+	v := m.value(key)
+	if v == nil {
+		return nil
+	}
+	if v.Kind != yaml.SequenceNode {
+		m.Faultf(key, "must be a list")
+		return nil
+	}
+	var out []*Map
+	for i, e := range v.Content {
+		e = resolve(e)
+		if e.Kind != yaml.MappingNode {
+			m.Faultf(key, "entry %d must be a list of keys and values", i+1)
+			continue
+		}
+		c := &Map{doc: m.doc, path: fmt.Sprintf("%s%s[%d].", m.path, key, i), node: e}
+		m.doc.duplicates(e, c.path)
+		out = append(out, c)
+	}
+	return out
+}
+
+// Path returns a file name: ~ is expanded, a relative one counts from the
+// working directory, because NVFlare hands over a copy of the file elsewhere.
+func (m *Map) Path(key string) string {
+	s := m.String(key, "")
+	if s == "" {
+		return ""
+	}
+	p, err := Expand(s)
+	if err != nil {
+		m.Faultf(key, "%v", err)
+	}
+	return p
+}
+
+// Expand makes a path absolute: ~ and ~/x mean the home folder.
+func Expand(p string) (string, error) {
+	if p == "~" || strings.HasPrefix(p, "~/") {
+		home, err := os.UserHomeDir()
+		if err != nil {
+			return "", fmt.Errorf("expand %q: %w", p, err)
+		}
+		p = filepath.Join(home, p[1:])
+	}
+	return filepath.Abs(p)
+}
+
+// Finish reports the keys that no call asked for.
+func (m *Map) Finish() {
+	if m.node == nil {
+		return
+	}
+	for i := 0; i+1 < len(m.node.Content); i += 2 {
+		k := m.node.Content[i]
+		if slices.Contains(m.used, k.Value) {
+			continue
+		}
+		if s := nearest(k.Value, m.used); s != "" {
+			m.doc.fault(k, "unknown key %s%s: did you mean %s?", m.path, k.Value, s)
+		} else {
+			m.doc.warnings = append(m.doc.warnings, fmt.Sprintf("%s:%d:%d: unknown key %s%s is ignored", m.doc.file, k.Line, k.Column, m.path, k.Value))
+		}
+	}
+}
+
+// nearest returns the known key within a third of the word's length of edits.
+func nearest(word string, known []string) string {
+	best, dist := "", len(word)/3+1
+	if dist > 4 {
+		dist = 4
+	}
+	norm := func(s string) string { return strings.ReplaceAll(strings.ToLower(s), "-", "_") }
+	for _, k := range known {
+		if d := distance(norm(word), norm(k)); d < dist {
+			best, dist = k, d
+		}
+	}
+	return best
+}
+
+// distance is Levenshtein's.
+func distance(a, b string) int {
+	row := make([]int, len(b)+1)
+	for j := range row {
+		row[j] = j
+	}
+	for i := range len(a) {
+		prev := row[0]
+		row[0] = i + 1
+		for j := range len(b) {
+			cur := row[j+1]
+			cost := prev
+			if a[i] != b[j] {
+				cost++
+			}
+			row[j+1] = min(cost, row[j]+1, cur+1)
+			prev = cur
+		}
+	}
+	return row[len(b)]
+}
