@@ -13,6 +13,7 @@ import (
 	"crypto/x509"
 	"crypto/x509/pkix"
 	"encoding/asn1"
+	"encoding/hex"
 	"encoding/json"
 	"encoding/pem"
 	"errors"
@@ -253,7 +254,7 @@ func certPEM(c *x509.Certificate) []byte {
 type chipJSON struct {
 	Note    string  `json:"note"`
 	Product string  `json:"product"`
-	ChipID  []byte  `json:"chip_id"`
+	ChipID  string  `json:"chip_id"` // hex
 	TCB     snp.TCB `json:"tcb"`
 }
 
@@ -267,7 +268,7 @@ func (c *Chip) Save(dir string) error {
 	if err != nil {
 		return err
 	}
-	about, err := json.MarshalIndent(chipJSON{"a simulated chip: trust it in tests only", c.Product, c.ChipID[:], c.TCB}, "", "  ")
+	about, err := json.MarshalIndent(chipJSON{"a simulated chip: trust it in tests only", c.Product, hex.EncodeToString(c.ChipID[:]), c.TCB}, "", "  ")
 	if err != nil {
 		return err
 	}
@@ -318,9 +319,11 @@ func load(dir string) (*Chip, error) {
 		return nil, fmt.Errorf("%s: %w", chipFile, err)
 	}
 	c := &Chip{Product: j.Product, TCB: j.TCB}
-	if copy(c.ChipID[:], j.ChipID) != len(c.ChipID) {
-		return nil, fmt.Errorf("%s: chip_id has %d bytes", chipFile, len(j.ChipID))
+	id, err := hex.DecodeString(j.ChipID)
+	if err != nil || len(id) != len(c.ChipID) {
+		return nil, fmt.Errorf("%s: chip_id is not %d bytes of hex", chipFile, len(c.ChipID))
 	}
+	c.ChipID = [64]byte(id)
 	roots, _, err := readPEM(filepath.Join(dir, RootsFile), 2)
 	if err != nil {
 		return nil, err

@@ -82,7 +82,7 @@ func TestLoadRefuses(t *testing.T) {
 			return os.WriteFile(filepath.Join(dir, vcekFile), append(cert, otherKey...), 0o600)
 		},
 		"bad chip id": func(dir string) error {
-			return os.WriteFile(filepath.Join(dir, chipFile), []byte(`{"chip_id":"AAAA"}`), 0o600)
+			return os.WriteFile(filepath.Join(dir, chipFile), []byte(`{"chip_id":"0011"}`), 0o600)
 		},
 	} {
 		dir := filepath.Join(t.TempDir(), "chip")

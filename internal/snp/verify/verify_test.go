@@ -172,6 +172,8 @@ func TestOptionsAllow(t *testing.T) {
 			parsed, _ := snp.ParseReport(b)
 			*r = *parsed
 		},
+		"version 5":        func(r *snp.Report, o *Options) { r.Version, r.LaunchMitVector, r.CurrentMitVector = 5, 1, 1 },
+		"Bergamo":          func(r *snp.Report, o *Options) { r.CPUModel = 0xa0 },
 		"more trust roots": func(r *snp.Report, o *Options) { o.Roots = append(AMDRoots(), o.Roots...) },
 	} {
 		t.Run(name, func(t *testing.T) {
