@@ -39,6 +39,7 @@ import (
 	"net/http/httptrace"
 	"net/url"
 	"strings"
+	"sync/atomic"
 	"time"
 )
 
@@ -219,8 +220,11 @@ func (c *Client) do(ctx context.Context, r call) (*answer, error) {
 }
 
 func (c *Client) once(ctx context.Context, r call) (*answer, error) {
-	answered := false
-	trace := &httptrace.ClientTrace{GotFirstResponseByte: func() { answered = true }}
+	var reached atomic.Int32 // how far the call got: a stage
+	trace := &httptrace.ClientTrace{
+		GotConn:              func(httptrace.GotConnInfo) { reached.Store(int32(stageSent)) },
+		GotFirstResponseByte: func() { reached.Store(int32(stageAnswered)) },
+	}
 	req, err := http.NewRequestWithContext(httptrace.WithClientTrace(ctx, trace), r.method, c.base+r.path, bytes.NewReader(r.body))
 	if err != nil {
 		return nil, err
@@ -233,7 +237,7 @@ func (c *Client) once(ctx context.Context, r call) (*answer, error) {
 	// RoundTrip instead of an http.Client: no redirects, no cookies.
 	resp, err := c.transport.RoundTrip(req)
 	if err != nil {
-		return nil, c.transportError(ctx, err, answered)
+		return nil, c.transportError(ctx, err, stage(reached.Load()))
 	}
 	defer resp.Body.Close()
 	limit := r.limit
@@ -245,7 +249,9 @@ func (c *Client) once(ctx context.Context, r call) (*answer, error) {
 	case int64(len(body)) > limit:
 		return nil, fmt.Errorf("the answer of the KBS at %s: %w (limit %d bytes)", c.host, ErrTooLarge, limit)
 	case err != nil:
-		return nil, c.transportError(ctx, err, true)
+		return nil, c.transportError(ctx, err, stageAnswered)
+	case ctx.Err() != nil: // closing on the deadline can make a server end its answer in good order
+		return nil, c.transportError(ctx, ctx.Err(), stageAnswered)
 	case resp.StatusCode != http.StatusOK:
 		return nil, newError(r, resp, body, c.cfg.Now())
 	}

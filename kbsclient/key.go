@@ -4,11 +4,18 @@ import (
 	"crypto"
 	"crypto/aes"
 	"crypto/ecdh"
+	"crypto/ecdsa"
+	"crypto/elliptic"
+	"crypto/rsa"
+	"crypto/sha256"
+	"crypto/x509"
 	"encoding/base64"
 	"encoding/binary"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io"
+	"math/big"
 
 	josecipher "github.com/go-jose/go-jose/v4/cipher"
 )
@@ -114,6 +121,63 @@ func concatKDF(z []byte) []byte {
 
 func (k *ecKey) wipe() { clear(k.scalar[:]) }
 
-// TEEKey is a handshake key that the caller keeps, to use one session's token
-// in another process.
+const algRSA = "RSA-OAEP-256"
+
+// rsaKey exists for Trustee's own tool, which takes such keys from files.
+type rsaKey struct{ *rsa.PrivateKey }
+
+func (k rsaKey) alg() string { return algRSA }
+
+func (k rsaKey) public() object {
+	return object{
+		"alg": algRSA, "kty": "RSA",
+		"n": b64url.EncodeToString(k.N.Bytes()), "e": b64url.EncodeToString(big.NewInt(int64(k.E)).Bytes()),
+	}
+}
+
+func (k rsaKey) unwrap(_ *jweHeader, encryptedKey []byte) ([]byte, error) {
+	return rsa.DecryptOAEP(sha256.New(), nil, k.PrivateKey, encryptedKey, nil)
+}
+
+func (rsaKey) wipe() {}
+
+// TEEKey is a handshake key that the caller keeps, to present a session's token
+// later or in another process.
 type TEEKey struct{ key teeKey }
+
+// ParseTEEKey reads a P-256 key in PKCS#8 PEM or an RSA key in PKCS#1 PEM.
+func ParseTEEKey(text []byte) (*TEEKey, error) {
+	block, _ := pem.Decode(text)
+	if block == nil {
+		return nil, errors.New("TEE key: no PEM block found")
+	}
+	defer clear(block.Bytes)
+	switch block.Type {
+	case "RSA PRIVATE KEY":
+		key, err := x509.ParsePKCS1PrivateKey(block.Bytes)
+		if err != nil {
+			return nil, fmt.Errorf("TEE key: %w", err)
+		}
+		return &TEEKey{rsaKey{key}}, nil
+	case "PRIVATE KEY":
+		key, err := x509.ParsePKCS8PrivateKey(block.Bytes)
+		if err != nil {
+			return nil, fmt.Errorf("TEE key: %w", err)
+		}
+		ec, ok := key.(*ecdsa.PrivateKey)
+		if !ok || ec.Curve != elliptic.P256() {
+			return nil, errors.New("TEE key: in PKCS#8 only P-256 keys are known")
+		}
+		scalar, err := ec.Bytes()
+		if err != nil {
+			return nil, fmt.Errorf("TEE key: %w", err)
+		}
+		defer clear(scalar)
+		k, err := newECKey(scalar)
+		if err != nil {
+			return nil, fmt.Errorf("TEE key: %w", err)
+		}
+		return &TEEKey{k}, nil
+	}
+	return nil, fmt.Errorf("TEE key: PEM block %q; want PRIVATE KEY (P-256) or RSA PRIVATE KEY", block.Type)
+}

@@ -57,6 +57,16 @@ type Session struct {
 	claims *Claims
 }
 
+// Resume is a session for a token of an earlier one whose key was k. Resources
+// are asked for with the token as bearer, for which a KBS may find it too long.
+func (c *Client) Resume(token string, k *TEEKey) (*Session, error) {
+	claims, err := ParseToken(token)
+	if err != nil {
+		return nil, err
+	}
+	return &Session{c: c, key: k.key, bearer: true, token: token, claims: claims}, nil
+}
+
 type authRequest struct {
 	Version     string `json:"version"`
 	TEE         string `json:"tee"`

@@ -108,17 +108,17 @@ func stamp(t time.Time) string { return t.UTC().Format(time.RFC3339) }
 
 func window(from, to time.Time) string { return stamp(from) + " to " + stamp(to) }
 
-// transportError sorts what http.Transport and a body reader return.
-func (c *Client) transportError(ctx context.Context, err error, answered bool) error {
+// transportError sorts what http.Transport and a body reader return for a call
+// that got as far as stage.
+func (c *Client) transportError(ctx context.Context, err error, reached stage) error {
 	if n := (*networkError)(nil); errors.As(err, &n) || errors.Is(err, ErrTLS) {
 		return err
 	}
-	stage := stageSent
-	if answered {
-		stage = stageAnswered
+	if errors.Is(ctx.Err(), context.DeadlineExceeded) {
+		err = fmt.Errorf("%w (a call may take %s)", ctx.Err(), c.cfg.CallTimeout)
 	}
-	if ctx.Err() != nil || !answered || isNetwork(err) {
-		return &networkError{host: c.host, stage: stage, err: err}
+	if ctx.Err() != nil || reached != stageAnswered || isNetwork(err) {
+		return &networkError{host: c.host, stage: reached, err: err}
 	}
 	return fmt.Errorf("%w: %s answers with broken HTTP: %w", ErrProtocol, c.host, err)
 }

@@ -216,6 +216,23 @@ func TestDeadlineOfACall(t *testing.T) {
 	}
 }
 
+// A firewall that drops everything: the text must not claim that the KBS took
+// the request.
+func TestDeadlineOfAConnection(t *testing.T) {
+	c := serve(t, newFakeKBS(t), func(_ *tls.Config, cfg *Config) {
+		cfg.CallTimeout = 100 * time.Millisecond
+		cfg.Dial = func(ctx context.Context, _, _ string) (net.Conn, error) {
+			<-ctx.Done()
+			return nil, ctx.Err()
+		}
+	})
+	_, err := c.Attest(context.Background(), sample{})
+	is(t, err, ErrUnreachable)
+	if !errors.Is(err, context.DeadlineExceeded) || !strings.Contains(err.Error(), "no connection") {
+		t.Errorf("error %v", err)
+	}
+}
+
 // Evidence that takes for ever ends at the handshake's own deadline.
 func TestDeadlineOfAHandshake(t *testing.T) {
 	c := serve(t, newFakeKBS(t), func(_ *tls.Config, cfg *Config) { cfg.AttestTimeout = 200 * time.Millisecond })
