@@ -2,7 +2,7 @@
 
 # Debian packages that building and testing need; `make deps` installs those that are missing.
 DEPS := gcc libc6-dev pkg-config libseccomp-dev debian-archive-keyring \
-	qemu-system-x86 qemu-utils cryptsetup-bin erofs-utils e2fsprogs nftables busybox-static
+	qemu-system-x86 qemu-utils cryptsetup-bin erofs-utils e2fsprogs nftables busybox-static mmdebstrap
 FUZZTIME ?= 20s
 
 # sudo and cron often know no PATH to a Go that is not Debian's.
@@ -57,16 +57,16 @@ build/base/%/base.json: bin/hostbuild bin/init bin/agent bin/init-simulated bin/
 	$$(ls build/base/*/base.lock 2>/dev/null | head -n 1 | sed 's/^/--locked /')
 build/base/simulated/base.json: build/base/snp/base.json
 
-# Units first; then the scenarios alone, since they time what QEMU does.
+# Units first; then the scenarios alone, because they time what QEMU does.
 test: all base deps
-	$(GO) test $$($(GO) list ./... | grep -v /test/scenarios)
-	$(MAKE) test-e2e
+	$(GO) test $$($(GO) list ./... | grep -v -e /test/scenarios -e /test/e2e)
+	$(GO) test -count=1 -timeout 60m ./test/scenarios
 test-e2e: all base deps
-	$(GO) test -count=1 -timeout 60m ./test/scenarios/...
+	$(GO) test -count=1 -timeout 60m -v ./test/e2e
 bench: all base deps
 	$(GO) test -run '^$$' -bench . -benchmem ./...
 demo: all base deps
-	bin/hostbuild demo
+	$(GO) run ./test/demo
 fuzz:
 	@grep -rlE '^func Fuzz' --include='*_test.go' . | sort | while read -r file; do \
 	for target in $$(sed -n 's/^func \(Fuzz[A-Za-z0-9_]*\)(.*/\1/p' $$file); do \

@@ -27,9 +27,14 @@ type Image struct {
 
 // Package is where one Debian package is found.
 type Package struct {
-	Name   string   `yaml:"package"`
-	Suites []string `yaml:"suites"` // tried in this order
-	File   string   `yaml:"file"`   // path inside the package, without leading slash
+	From []Source `yaml:"from"` // the first suite that has it counts
+	File string   `yaml:"file"` // path inside the package, without leading slash
+}
+
+// Source is a package's name in one suite.
+type Source struct {
+	Suite   string `yaml:"suite"`
+	Package string `yaml:"package"`
 }
 
 // Module is a group of kernel modules that go together.
@@ -51,8 +56,8 @@ func Load(name string) (*Image, error) {
 		return nil, fmt.Errorf("image %s: %w", name, err)
 	}
 	for _, p := range []Package{image.Kernel, image.Firmware, image.CA} {
-		if p.Name == "" || len(p.Suites) == 0 {
-			return nil, fmt.Errorf("image %s: a package lacks its name or suites", name)
+		if len(p.From) == 0 || slices.Contains(p.From, Source{}) {
+			return nil, fmt.Errorf("image %s: a package is said to come from nowhere", name)
 		}
 	}
 	return &image, nil

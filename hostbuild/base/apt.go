@@ -181,29 +181,29 @@ func (a *apt) candidate(ctx context.Context, suite, name string) (record, error)
 	return r, nil
 }
 
-// newest finds a package in the first of its suites that has it. With kernel,
-// it is the image that the package depends on that counts.
+// newest finds a package in the first suite that has it. For the kernel, it is
+// the image that the package depends on that counts.
 func (a *apt) newest(ctx context.Context, role string, p images.Package) (Package, error) {
 	var errs []error
-	for _, suite := range p.Suites {
-		r, err := a.candidate(ctx, suite, p.Name)
+	for _, from := range p.From {
+		r, err := a.candidate(ctx, from.Suite, from.Package)
 		if err == nil && role == roleKernel {
 			image := kernelImage(r.depends)
 			if image == "" {
 				return Package{}, fmt.Errorf("package %s %s depends on no linux-image-*", r.name, r.version)
 			}
-			r, err = a.candidate(ctx, suite, image)
+			r, err = a.candidate(ctx, from.Suite, image)
 		}
 		if err == nil {
-			return Package{Role: role, Name: r.name, Version: r.version, SHA256: r.sha256, Suite: suite}, nil
+			return Package{Role: role, Name: r.name, Version: r.version, SHA256: r.sha256, Suite: from.Suite}, nil
 		}
 		if ctx.Err() != nil {
 			return Package{}, ctx.Err()
 		}
-		a.log("%s is not in %s: trying the next suite", p.Name, suite)
+		a.log("no %s in %s", from.Package, from.Suite)
 		errs = append(errs, err)
 	}
-	return Package{}, fmt.Errorf("find package %s: %w", p.Name, errors.Join(errs...))
+	return Package{}, fmt.Errorf("find the package for %s: %w", role, errors.Join(errs...))
 }
 
 // download fetches exactly that package and leaves it at dest.

@@ -50,6 +50,9 @@ const (
 	lockFile     = "base.lock"
 )
 
+// guestPrograms are in every base's bin/.
+var guestPrograms = []string{"agent", "containerd", "containerd-shim-runc-v2", "runc"}
+
 const manifestVersion = 1
 
 const maxManifest = 4 << 20 // bytes of base.json or base.lock
@@ -166,7 +169,11 @@ func Open(dir string) (*Base, error) {
 			b.Programs["/"+programDir+"/"+name] = filepath.Join(dir, f.Path)
 		}
 	}
-	for _, name := range []string{kernelFile, initrdFile, firmwareFile, caFile} {
+	names := []string{kernelFile, initrdFile, firmwareFile, caFile}
+	for _, program := range guestPrograms {
+		names = append(names, programDir+"/"+program)
+	}
+	for _, name := range names {
 		if b.SHA256[name] == "" {
 			return nil, fmt.Errorf("%s: %w: %s does not name %s", dir, ErrNotBase, manifestFile, name)
 		}

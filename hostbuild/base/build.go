@@ -33,7 +33,7 @@ type Params struct {
 	Image    string // name in package images; "" means "cpu"
 
 	Init     string            // program that becomes /init
-	Programs map[string]string // name in bin/, such as "agent", to program
+	Programs map[string]string // name in bin/, such as "agent", to program; agent, containerd, containerd-shim-runc-v2 and runc at least
 
 	Cache  string // folder that keeps downloaded packages by their SHA-256
 	Mirror Mirror // what is empty is found out from the machine
@@ -46,20 +46,6 @@ type Params struct {
 type lock struct {
 	Version  int       `json:"version"`
 	Packages []Package `json:"packages"`
-}
-
-// ProgramsIn names the programs of a platform's base where `make` puts them:
-// all in the folder bin, the simulated platform's own with "-simulated".
-func ProgramsIn(bin, platform string) (init string, programs map[string]string) {
-	own := ""
-	if platform == PlatformSimulated {
-		own = "-" + simulatedTag
-	}
-	programs = map[string]string{"agent": filepath.Join(bin, "agent"+own)}
-	for _, name := range []string{"containerd", "containerd-shim-runc-v2", "runc"} {
-		programs[name] = filepath.Join(bin, name)
-	}
-	return filepath.Join(bin, "init"+own), programs
 }
 
 // Build makes a base. On failure nothing is left at Out, and a base that was
@@ -98,6 +84,11 @@ func build(ctx context.Context, p Params, image *images.Image) (*Base, error) {
 		}
 		if err := checkProgram(p.Programs[name], p.Platform); err != nil {
 			return nil, err
+		}
+	}
+	for _, name := range guestPrograms {
+		if p.Programs[name] == "" {
+			return nil, fmt.Errorf("the program %s is not given", name)
 		}
 	}
 	if err := checkProgram(p.Init, p.Platform); err != nil {

@@ -77,8 +77,8 @@ func ParseInfo(section []byte) (*Info, error) {
 				}
 			}
 		case "alias":
-			if value != "" {
-				info.Aliases = append(info.Aliases, normal(value))
+			if name := normal(value); name != "" {
+				info.Aliases = append(info.Aliases, name)
 			}
 		}
 	}
@@ -208,7 +208,7 @@ func (x *Index) Closure(wanted []string) ([]Module, error) {
 		}
 	}
 	var order []string
-	state := map[string]int{} // 1: on the path to the root, 2: done
+	seen := map[string]bool{}
 	var visit func(name, by string) error
 	visit = func(name, by string) error {
 		info, ok := x.infos[name]
@@ -217,20 +217,14 @@ func (x *Index) Closure(wanted []string) ([]Module, error) {
 			return nil
 		case !ok:
 			return fmt.Errorf("%w: %s, wanted by %s", ErrNotFound, name, by)
-		case state[name] == 1:
-			return fmt.Errorf("kernel module %s depends on itself by way of %s", name, by)
-		case state[name] == 2:
+		case seen[name]:
 			return nil
 		}
-		state[name] = 1
+		seen[name] = true
 		for _, soft := range info.SoftPre {
-			// A soft dependency that nobody provides is nothing, and
-			// one that leads back here is already being loaded.
-			for _, p := range x.providers(soft) {
-				if state[p] == 0 {
-					if err := visit(p, name); err != nil {
-						return err
-					}
+			for _, p := range x.providers(soft) { // often nobody
+				if err := visit(p, name); err != nil {
+					return err
 				}
 			}
 		}
@@ -239,7 +233,6 @@ func (x *Index) Closure(wanted []string) ([]Module, error) {
 				return err
 			}
 		}
-		state[name] = 2
 		order = append(order, name)
 		return nil
 	}
