@@ -2,7 +2,7 @@
 
 # Debian packages that building and testing need; `make deps` installs those that are missing.
 DEPS := gcc libc6-dev pkg-config libseccomp-dev debian-archive-keyring \
-	qemu-system-x86 qemu-utils cryptsetup-bin erofs-utils e2fsprogs nftables busybox-static mmdebstrap
+	qemu-system-x86 qemu-utils cryptsetup-bin erofs-utils e2fsprogs nftables busybox-static mmdebstrap mmdebstrap
 FUZZTIME ?= 20s
 
 # sudo and cron often know no PATH to a Go that is not Debian's.
@@ -16,21 +16,27 @@ endif
 CGO_BUILD := GOFLAGS= GOOS=linux GOARCH=amd64 GOAMD64=v1 $(GO) build -trimpath -buildvcs=false
 BUILD := CGO_ENABLED=0 $(CGO_BUILD)
 LDFLAGS := -s -w -buildid=
-MAINS := $(addprefix bin/,hostbuild init agent kbs-client simplatform)
+MAINS := $(addprefix bin/,hostbuild init agent kbs-client simplatform demo bench)
 GUEST := $(addprefix bin/,containerd containerd-shim-runc-v2 runc)
 BASES := build/base/snp/base.json build/base/simulated/base.json
 SOURCES := go.mod go.sum $(shell find agent cmd hostbuild images initramfs internal kbsclient test -type f ! -name '*_test.go' ! -path '*/testdata/*')
 
-.PHONY: all deps base test test-e2e bench demo fuzz lint clean
+PREFIX ?= /usr/local
+
+.PHONY: all deps base install test test-e2e bench demo fuzz lint clean
 .DELETE_ON_ERROR:
 
-all: $(MAINS) $(GUEST) bin/init-simulated bin/agent-simulated bin/cvm_build
+all: $(MAINS) $(GUEST) bin/init-simulated bin/agent-simulated bin/cvm_build bin/demo-workload bin/bench-idle
 
 $(MAINS) &: $(SOURCES)
-	$(BUILD) -ldflags "$(LDFLAGS)" -o bin/ ./cmd/hostbuild ./cmd/init ./cmd/agent ./cmd/kbs-client ./test/simplatform
+	$(BUILD) -ldflags "$(LDFLAGS)" -o bin/ ./cmd/hostbuild ./cmd/init ./cmd/agent ./cmd/kbs-client ./test/simplatform ./test/demo ./test/bench
 	@touch $(MAINS)
 bin/%-simulated: $(SOURCES)
 	$(BUILD) -tags simulated -ldflags "$(LDFLAGS)" -o $@ ./cmd/$*
+bin/demo-workload: test/demo/workload/main.go
+	$(BUILD) -ldflags "$(LDFLAGS)" -o $@ ./$(<D)
+bin/bench-idle: test/bench/idle/main.go
+	$(BUILD) -ldflags "$(LDFLAGS)" -o $@ ./$(<D)
 bin/cvm_build: bin/hostbuild # the name that NVFlare's guide uses
 	ln -sf hostbuild $@
 bin/containerd: go.mod go.sum $(wildcard cmd/containerd/*.go)
@@ -57,16 +63,20 @@ build/base/%/base.json: bin/hostbuild bin/init bin/agent bin/init-simulated bin/
 	$$(ls build/base/*/base.lock 2>/dev/null | head -n 1 | sed 's/^/--locked /')
 build/base/simulated/base.json: build/base/snp/base.json
 
-# Units first; then the scenarios alone, because they time what QEMU does.
+install: bin/hostbuild bin/kbs-client
+	install -D -t $(DESTDIR)$(PREFIX)/bin bin/hostbuild bin/kbs-client
+	ln -sf hostbuild $(DESTDIR)$(PREFIX)/bin/cvm_build
+
+# Units first; then the scenarios alone, since they time what QEMU does.
 test: all base deps
 	$(GO) test $$($(GO) list ./... | grep -v -e /test/scenarios -e /test/e2e)
-	$(GO) test -count=1 -timeout 60m ./test/scenarios
+	$(GO) test -count=1 -timeout 40m -v ./test/scenarios
 test-e2e: all base deps
-	$(GO) test -count=1 -timeout 60m -v ./test/e2e
+	$(GO) test -count=1 -timeout 30m -v ./test/e2e
 bench: all base deps
-	$(GO) test -run '^$$' -bench . -benchmem ./...
+	bin/bench
 demo: all base deps
-	$(GO) run ./test/demo
+	bin/demo
 fuzz:
 	@grep -rlE '^func Fuzz' --include='*_test.go' . | sort | while read -r file; do \
 	for target in $$(sed -n 's/^func \(Fuzz[A-Za-z0-9_]*\)(.*/\1/p' $$file); do \

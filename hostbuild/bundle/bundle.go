@@ -52,6 +52,7 @@ type Manifest struct {
 	Version       int                     `json:"version"`
 	CVMID         string                  `json:"cvm_id"`
 	Platform      string                  `json:"platform"`
+	TEE           string                  `json:"tee"` // of the evidence, as the KBS names it
 	Created       time.Time               `json:"created"`
 	Files         []File                  `json:"files"` // all but the manifest
 	Cmdline       string                  `json:"cmdline"`

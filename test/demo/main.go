@@ -216,7 +216,7 @@ func (d *demo) revoke(ctx context.Context) error {
 	if _, err := d.vm.Expect(ctx, `attestation round=\d+ verdict=negative`); err != nil {
 		return err
 	}
-	_, err = d.vm.Expect(ctx, `workload stopped`)
+	_, err = d.vm.Expect(ctx, `workload exited code=137 signal=9`)
 	return err
 }
 

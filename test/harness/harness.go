@@ -97,7 +97,7 @@ func (k *KBS) Start(ctx context.Context) error {
 	k.proc = p
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
-	if _, _, err := k.Log.Expect(ctx, 0, `listening`); err != nil {
+	if _, _, err := k.Log.Expect(ctx, 0, `action=start`); err != nil {
 		k.Stop()
 		return fmt.Errorf("KBS: %w", err)
 	}

@@ -1,0 +1,65 @@
+package cli
+
+import (
+	"fmt"
+	"os"
+	"path/filepath"
+
+	"github.com/spf13/cobra"
+
+	"coffer/hostbuild/base"
+	"coffer/hostbuild/yamlcheck"
+)
+
+func (a *App) base() *cobra.Command {
+	var p base.Params
+	var programs string
+	build := &cobra.Command{
+		Use:   "build",
+		Short: "Make a guest base: kernel, firmware, base initrd and guest programs",
+		Long: `Fetches the kernel, the firmware and the CA certificates as Debian packages through
+an apt configuration of its own (the machine's sources stay as they are), and packs
+them with the guest's programs. A base is made once and used for many bundles.`,
+		Example: "  hostbuild base build --platform snp --programs bin --out build/base/snp",
+		Args:    usage(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			suffix := ""
+			if p.Platform == base.PlatformSimulated {
+				suffix = "-simulated"
+			}
+			p.Init = filepath.Join(programs, "init"+suffix)
+			p.Programs = map[string]string{"agent": filepath.Join(programs, "agent"+suffix)}
+			for _, name := range []string{"containerd", "containerd-shim-runc-v2", "runc"} {
+				p.Programs[name] = filepath.Join(programs, name)
+			}
+			if p.Cache == "" {
+				dir, err := os.UserCacheDir()
+				if err != nil {
+					return fmt.Errorf("--cache is not given: %w", err)
+				}
+				p.Cache = filepath.Join(dir, "coffer")
+			}
+			var err error
+			if p.Out, err = yamlcheck.Expand(p.Out); err != nil {
+				return err
+			}
+			p.Log = func(format string, args ...any) { fmt.Fprintf(a.Stderr, format+"\n", args...) }
+			b, err := base.Build(cmd.Context(), p)
+			if err != nil {
+				return err
+			}
+			fmt.Fprintf(a.Stdout, "base %s (%s, kernel %s) is ready in %s\n", b.ID, b.Platform, b.KernelVersion, b.Dir)
+			return nil
+		},
+	}
+	f := build.Flags()
+	f.StringVar(&p.Out, "out", "", "folder to make")
+	f.StringVar(&p.Platform, "platform", base.PlatformSNP, "snp, or simulated for tests")
+	f.StringVar(&programs, "programs", "bin", "folder of the built guest programs")
+	f.StringVar(&p.Cache, "cache", "", "folder that keeps downloaded packages (default: the user's cache folder)")
+	f.StringVar(&p.Mirror.Main, "mirror", "", "address of a Debian archive (default: the one of this machine's apt sources)")
+	f.StringVar(&p.Mirror.Security, "security-mirror", "", "address of the Debian security archive")
+	f.StringVar(&p.Locked, "locked", "", "a base.lock: take exactly its packages")
+	build.MarkFlagRequired("out")
+	return group("base", "Guest bases", build)
+}

@@ -1,0 +1,127 @@
+// Package cli is the command line of hostbuild: one file a verb, each thin.
+//
+// What it promises to the programs that call it: standard output carries results
+// only, the last line of a failure is its cause, the exit code is 0 for success,
+// 1 for failure and 2 for a command line that cannot be read.
+package cli
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"io"
+	"os"
+	"path/filepath"
+
+	"github.com/spf13/cobra"
+
+	"coffer/hostbuild/settings"
+)
+
+// App is the program.
+type App struct {
+	Version        string
+	Stdout, Stderr io.Writer
+	Terminal       bool // Stderr is a terminal: progress may be shown
+
+	// JoinOutputs makes standard error the same pipe as standard output where
+	// neither is a terminal: NVFlare's packager reads a line of either in turn
+	// and dead-locks once one of them fills.
+	JoinOutputs func() error
+
+	settingsFile string
+}
+
+// errUsage marks a command line that cannot be read.
+var errUsage = errors.New("usage")
+
+// Run runs args (args[0] is the program's name) and returns the exit code.
+// Called as cvm_build it is `hostbuild cvm`: NVFlare can give no verb.
+func (a *App) Run(ctx context.Context, args []string) int {
+	rest := args[1:]
+	if filepath.Base(args[0]) == "cvm_build" {
+		rest = append([]string{"cvm"}, rest...)
+	}
+	root := a.root()
+	root.SetArgs(rest)
+	root.SetOut(a.Stdout)
+	root.SetErr(a.Stderr)
+	if err := root.ExecuteContext(ctx); err != nil {
+		fmt.Fprintln(a.Stderr, "hostbuild:", err)
+		if errors.Is(err, errUsage) {
+			return 2
+		}
+		return 1
+	}
+	return 0
+}
+
+func (a *App) root() *cobra.Command {
+	root := &cobra.Command{
+		Use:   "hostbuild",
+		Short: "Build, register and inspect confidential VM bundles",
+		Long: `hostbuild makes a confidential-VM bundle out of a docker archive and a YAML file,
+gives its key and its rule to a Trustee KBS, and can be that KBS itself.`,
+		Example: `  hostbuild kbs init /srv/kbs --host kbs.example
+  hostbuild cvm CONFIG.yaml
+  hostbuild policy remove cvm_0123456789ab`,
+		Version:       a.Version,
+		SilenceUsage:  true,
+		SilenceErrors: true,
+	}
+	root.CompletionOptions.HiddenDefaultCmd = true
+	root.PersistentFlags().StringVar(&a.settingsFile, "settings", "", "settings of this build host (default $COFFER_SETTINGS, ~/.config/coffer/hostbuild.yaml, /etc/coffer/hostbuild.yaml)")
+	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return fmt.Errorf("%w: %w", errUsage, err) })
+	root.AddCommand(a.cvm(), a.base(), a.kbs(), a.policy(), a.drive(), a.measure())
+	return root
+}
+
+// group makes a verb that only has verbs below it.
+func group(use, short string, cmds ...*cobra.Command) *cobra.Command {
+	c := &cobra.Command{Use: use, Short: short, Args: usage(cobra.NoArgs), RunE: func(c *cobra.Command, _ []string) error { return c.Help() }}
+	c.AddCommand(cmds...)
+	return c
+}
+
+// usage turns a wrong number of arguments into errUsage.
+func usage(p cobra.PositionalArgs) cobra.PositionalArgs {
+	return func(c *cobra.Command, args []string) error {
+		if err := p(c, args); err != nil {
+			return fmt.Errorf("%w: %w; see %s --help", errUsage, err, c.CommandPath())
+		}
+		return nil
+	}
+}
+
+func (a *App) settings() (*settings.Settings, error) {
+	path, err := settings.Find(a.settingsFile, os.Getenv)
+	if err != nil {
+		return nil, err
+	}
+	s, err := settings.Read(path)
+	if err != nil {
+		return nil, err
+	}
+	a.warn(s.Warnings)
+	return s, nil
+}
+
+func (a *App) warn(ws []string) {
+	for _, w := range ws {
+		fmt.Fprintln(a.Stderr, "warning:", w)
+	}
+}
+
+// progress shows one line that is rewritten, on a terminal alone: NVFlare's
+// packager dead-locks on a flood of lines.
+func (a *App) progress() func(stage string, done, total int64) {
+	if !a.Terminal {
+		return nil
+	}
+	return func(stage string, done, total int64) {
+		fmt.Fprintf(a.Stderr, "\r\x1b[K%s", stage)
+		if total > 0 {
+			fmt.Fprintf(a.Stderr, " %d%%", done*100/total)
+		}
+	}
+}

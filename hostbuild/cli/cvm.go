@@ -1,0 +1,61 @@
+package cli
+
+import (
+	"fmt"
+	"time"
+
+	"github.com/spf13/cobra"
+
+	"coffer/hostbuild/config"
+	"coffer/hostbuild/cvm"
+)
+
+func (a *App) cvm() *cobra.Command {
+	var sample bool
+	c := &cobra.Command{
+		Use:   "cvm CONFIG.yaml",
+		Short: "Build a bundle and register it at the KBS",
+		Long: `Builds the bundle that CONFIG.yaml describes, gives its key and its rule to the KBS,
+and ends with the line "CVM Bundle <path>.tgz is ready" on standard output.
+
+NVFlare's OnPremPackager calls this as build_image_cmd: give it the path of
+cvm_build, which is this verb under a name of its own.`,
+		Example: "  hostbuild cvm CONFIG.yaml\n  cvm_build CONFIG.yaml",
+		Args:    usage(cobra.ExactArgs(1)),
+		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := a.JoinOutputs(); err != nil {
+				return err
+			}
+			conf, err := config.Read(args[0])
+			if conf != nil {
+				a.warn(conf.Warnings)
+			}
+			if err != nil {
+				return err
+			}
+			s, err := a.settings()
+			if err != nil {
+				return err
+			}
+			tee := "snp"
+			if sample {
+				tee = "sample"
+			}
+			p := cvm.Params{Config: conf, Settings: s, TEE: tee, Progress: a.progress(), Now: time.Now()}
+			res, err := cvm.Build(cmd.Context(), p)
+			if a.Terminal {
+				fmt.Fprint(a.Stderr, "\r\x1b[K")
+			}
+			if err != nil {
+				return err
+			}
+			for _, d := range res.Manifest.LaunchDigests {
+				fmt.Fprintf(a.Stdout, "launch digest %s, %d vCPU: %s\n", d.CPU, d.VCPUs, d.Digest)
+			}
+			fmt.Fprintf(a.Stdout, "CVM Bundle %s is ready\n", res.Path)
+			return nil
+		},
+	}
+	c.Flags().BoolVar(&sample, "sample", false, "attest with Trustee's `sample` evidence instead of reports; simulated base only")
+	return c
+}

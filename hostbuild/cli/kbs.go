@@ -1,0 +1,97 @@
+package cli
+
+import (
+	"fmt"
+	"log/slog"
+	"net"
+	"os"
+	"path/filepath"
+
+	"github.com/spf13/cobra"
+
+	"coffer/hostbuild/kbs"
+	"coffer/hostbuild/yamlcheck"
+)
+
+func (a *App) kbs() *cobra.Command {
+	return group("kbs", "The embedded KBS, for people who run no Trustee", a.kbsInit(), a.kbsServe())
+}
+
+func (a *App) kbsInit() *cobra.Command {
+	var hosts []string
+	c := &cobra.Command{
+		Use:   "init FOLDER",
+		Short: "Make the keys, certificates and stores of a new KBS",
+		Long: `Makes a folder with a CA (ca.pem), a server certificate, the admin key (admin.key), the
+token signer and empty stores, and prints settings for a build host to start from.`,
+		Example: "  hostbuild kbs init /srv/kbs --host kbs.example --host 192.0.2.7",
+		Args:    usage(cobra.ExactArgs(1)),
+		RunE: func(_ *cobra.Command, args []string) error {
+			dir, err := yamlcheck.Expand(args[0])
+			if err != nil {
+				return err
+			}
+			if err := kbs.Init(dir, kbs.Options{Hosts: hosts}); err != nil {
+				return err
+			}
+			if err := os.Mkdir(filepath.Join(dir, "policy"), 0o755); err != nil {
+				return err
+			}
+			fmt.Fprintf(a.Stdout, `# settings of a build host: ~/.config/coffer/hostbuild.yaml
+kbs:
+  url: https://%s
+  ca: %s
+  admin_key: %s
+policy_dir: %s
+base_dir: /path/of/a/base # made by: hostbuild base build
+`, net.JoinHostPort(hosts[0], "8999"), filepath.Join(dir, "ca.pem"), filepath.Join(dir, "admin.key"), filepath.Join(dir, "policy"))
+			return nil
+		},
+	}
+	c.Flags().StringArrayVar(&hosts, "host", nil, "name or address of the server, for its certificate; may be repeated")
+	c.MarkFlagRequired("host")
+	return c
+}
+
+func (a *App) kbsServe() *cobra.Command {
+	var o kbs.Options
+	var listen, dialect, roots string
+	c := &cobra.Command{
+		Use:   "serve",
+		Short: "Serve keys over HTTPS",
+		Long: `Serves the protocol of Trustee's KBS. Each decision is one line on standard error.
+It stops in order on SIGTERM.`,
+		Example: "  hostbuild kbs serve --dir /srv/kbs --listen 0.0.0.0:8999",
+		Args:    usage(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			var err error
+			if o.Dir, err = yamlcheck.Expand(o.Dir); err != nil {
+				return err
+			}
+			if roots != "" {
+				if o.SimulatedRoots, err = os.ReadFile(roots); err != nil {
+					return err
+				}
+			}
+			o.Dialect = kbs.Dialect(dialect)
+			o.Logger = slog.New(slog.NewTextHandler(a.Stderr, nil))
+			server, err := kbs.New(o)
+			if err != nil {
+				return err
+			}
+			l, err := (&net.ListenConfig{}).Listen(cmd.Context(), "tcp", listen)
+			if err != nil {
+				return err
+			}
+			return server.Serve(cmd.Context(), l)
+		},
+	}
+	f := c.Flags()
+	f.StringVar(&o.Dir, "dir", "", "the folder that `kbs init` made")
+	f.StringVar(&listen, "listen", "127.0.0.1:8999", "address to listen at")
+	f.StringVar(&dialect, "dialect", string(kbs.DialectH), "T (2025-07, as NVFlare pins it) or H (2026-08)")
+	f.StringVar(&roots, "simulated-roots", "", "PEM file of simulated chips' roots; needs --allow-simulated")
+	f.BoolVar(&o.AllowSimulated, "allow-simulated", false, "accept simulated evidence: for tests, never for real secrets")
+	c.MarkFlagRequired("dir")
+	return c
+}

@@ -1,0 +1,258 @@
+// Command bench prints Coffer's figures, one a line, each with a floor that was
+// measured in the same run:
+//
+//	bench <name> value=<v> unit=<u> floor=<f> ratio=<r>
+//
+// The floor is what the same machine needs for the part that nobody can avoid:
+// decompressing and hashing the archive, booting the kernel, a TLS round trip.
+package main
+
+import (
+	"context"
+	"encoding/json"
+	"flag"
+	"fmt"
+	"io"
+	"os"
+	"os/exec"
+	"os/signal"
+	"path/filepath"
+	"slices"
+	"strconv"
+	"strings"
+	"syscall"
+	"time"
+
+	"github.com/u-root/mkuimage/cpio"
+
+	"coffer/hostbuild/bundle"
+	"coffer/test/debimage"
+	"coffer/test/harness"
+)
+
+func main() {
+	bin := flag.String("bin", "bin", "folder of the built programs")
+	base := flag.String("base", "build/base/simulated", "a simulated guest base")
+	runs := flag.Int("runs", 3, "runs of each figure; the median counts")
+	flag.Parse()
+	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
+	defer stop()
+	if err := run(ctx, *bin, *base, *runs); err != nil {
+		fmt.Fprintln(os.Stderr, "bench:", err)
+		os.Exit(1)
+	}
+}
+
+func figure(name string, value float64, unit string, floor float64) {
+	fmt.Printf("bench %s value=%.4g unit=%s floor=%.4g ratio=%.3g\n", name, value, unit, floor, value/floor)
+}
+
+func run(ctx context.Context, bin, base string, runs int) error {
+	bin, err := filepath.Abs(bin)
+	if err != nil {
+		return err
+	}
+	if base, err = filepath.Abs(base); err != nil {
+		return err
+	}
+	dir, err := os.MkdirTemp("", "coffer-bench-")
+	if err != nil {
+		return err
+	}
+	defer os.RemoveAll(dir)
+	images, err := filepath.Abs("build/images")
+	if err != nil {
+		return err
+	}
+	archive, err := debimage.Build(ctx, images)
+	if err != nil {
+		return err
+	}
+	env := &harness.Env{Bin: bin, Base: base, Dir: dir, Log: io.Discard}
+	kbs, err := env.StartKBS(ctx, "kbs")
+	if err != nil {
+		return err
+	}
+	defer kbs.Stop()
+	settings, err := kbs.Settings()
+	if err != nil {
+		return err
+	}
+	b := &bench{env: env, kbs: kbs, settings: settings, archive: archive, runs: runs}
+	for _, f := range []func(context.Context) error{b.build, b.sizes, b.boot, b.keyRelease} {
+		if err := f(ctx); err != nil {
+			return err
+		}
+	}
+	return nil
+}
+
+type bench struct {
+	env      *harness.Env
+	kbs      *harness.KBS
+	settings string
+	archive  string
+	runs     int
+
+	bundle *harness.Bundle // of the last build
+}
+
+func median(s []float64) float64 {
+	s = slices.Clone(s)
+	slices.Sort(s)
+	return s[len(s)/2]
+}
+
+func (b *bench) build(ctx context.Context) error {
+	config := filepath.Join(b.env.Dir, "config")
+	if err := os.MkdirAll(config, 0o755); err != nil {
+		return err
+	}
+	if err := os.WriteFile(filepath.Join(config, "message.txt"), []byte("bench\n"), 0o644); err != nil {
+		return err
+	}
+	yaml := filepath.Join(b.env.Dir, "CONFIG.yaml")
+	if err := os.WriteFile(yaml, fmt.Appendf(nil, "root_drive_size: 4\ndocker_archive: %s\nuser_config:\n  web: %s\nallowed_ports: [%d]\ncc_attestation:\n  check_frequency: 2\n",
+		b.archive, config, debimage.Port), 0o644); err != nil {
+		return err
+	}
+	var builds, floors []float64
+	for range b.runs {
+		t := time.Now()
+		if err := exec.CommandContext(ctx, "sh", "-c", `gunzip -c "$1" | sha256sum >/dev/null`, "sh", b.archive).Run(); err != nil {
+			return fmt.Errorf("gunzip | sha256sum: %w", err)
+		}
+		floors = append(floors, time.Since(t).Seconds())
+		t = time.Now()
+		var err error
+		if b.bundle, err = b.env.Build(ctx, b.settings, yaml); err != nil {
+			return err
+		}
+		builds = append(builds, time.Since(t).Seconds())
+	}
+	figure("build", median(builds), "s", median(floors))
+	return b.bundle.Unpack(ctx, filepath.Join(b.env.Dir, "site"))
+}
+
+// sizes compares with what goes in: the base initrd, the archive.
+func (b *bench) sizes(context.Context) error {
+	size := func(path string) (float64, error) {
+		st, err := os.Stat(path)
+		if err != nil {
+			return 0, err
+		}
+		return float64(st.Size()), nil
+	}
+	const mb = 1e6
+	for _, f := range []struct{ name, path, floor string }{
+		{"initrd_size", b.bundle.File(bundle.Initrd), filepath.Join(b.env.Base, "vmlinuz")},
+		{"bundle_size", b.bundle.Tgz, b.archive},
+	} {
+		v, err := size(f.path)
+		if err != nil {
+			return err
+		}
+		floor, err := size(f.floor)
+		if err != nil {
+			return err
+		}
+		figure(f.name, v/mb, "MB", floor/mb)
+	}
+	return nil
+}
+
+// boot compares the workload's first line with an init that does nothing, both in
+// the guest's own time since the kernel's start, and reads the agent's memory
+// from its attestation log.
+func (b *bench) boot(ctx context.Context) error {
+	idle, err := b.idleInitrd()
+	if err != nil {
+		return err
+	}
+	var boots, floors []float64
+	for range b.runs {
+		out, err := exec.CommandContext(ctx, "qemu-system-x86_64", "-machine", "q35", "-accel", "tcg,thread=multi", "-cpu", "max,-cx16",
+			"-smp", "2", "-m", "2048", "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-vga", "none",
+			"-kernel", b.bundle.File(bundle.Kernel), "-initrd", idle, "-append", "console=ttyS0 loglevel=4 panic=-1", "-serial", "stdio").Output()
+		if err != nil {
+			return fmt.Errorf("QEMU: %w", err)
+		}
+		t, err := seconds(string(out), "idle init t=")
+		if err != nil {
+			return err
+		}
+		floors = append(floors, t)
+
+		vm, err := b.bundle.Boot("--forward", "127.0.0.1:0:"+strconv.Itoa(debimage.Port))
+		if err != nil {
+			return err
+		}
+		bctx, cancel := context.WithTimeout(ctx, 4*time.Minute)
+		m, err := vm.Expect(bctx, `workload first line t=([0-9.]+)`)
+		if err == nil {
+			_, err = vm.Expect(bctx, `attestation round=4 verdict=pass`)
+		}
+		cancel()
+		vm.Kill()
+		if err != nil {
+			return err
+		}
+		if t, err = strconv.ParseFloat(m[1], 64); err != nil {
+			return err
+		}
+		boots = append(boots, t)
+	}
+	figure("boot_to_workload", median(boots), "s", median(floors))
+	return b.memory(ctx)
+}
+
+func (b *bench) memory(ctx context.Context) error {
+	out, err := b.env.Run(ctx, "hostbuild", "drive", "cat", b.bundle.File(bundle.Applog), "/attestation.jsonl")
+	if err != nil {
+		return err
+	}
+	lines := strings.Split(strings.TrimSpace(out), "\n")
+	var round struct {
+		RSS map[string]float64 `json:"rss_kib"`
+	}
+	if err := json.Unmarshal([]byte(lines[len(lines)-1]), &round); err != nil {
+		return err
+	}
+	for _, name := range []string{"agent", "containerd", "shim"} {
+		floor := 1e3 // a megabyte: what a process that does nothing needs
+		figure("rss_"+name, round.RSS[name]/1e3, "MB", floor/1e3)
+	}
+	return nil
+}
+
+func (b *bench) idleInitrd() (string, error) {
+	program, err := os.ReadFile(filepath.Join(b.env.Bin, "bench-idle"))
+	if err != nil {
+		return "", err
+	}
+	path := filepath.Join(b.env.Dir, "idle.img")
+	f, err := os.Create(path)
+	if err != nil {
+		return "", err
+	}
+	defer f.Close()
+	w := cpio.Newc.Writer(f)
+	for _, r := range []cpio.Record{
+		cpio.Directory("dev", 0o755), cpio.CharDev("dev/console", 0o600, 5, 1),
+		cpio.StaticRecord(program, cpio.Info{Name: "init", Mode: cpio.S_IFREG | 0o755}),
+	} {
+		if err := w.WriteRecord(r); err != nil {
+			return "", err
+		}
+	}
+	return path, cpio.WriteTrailer(w)
+}
+
+func seconds(text, prefix string) (float64, error) {
+	_, rest, ok := strings.Cut(text, prefix)
+	if !ok {
+		return 0, fmt.Errorf("no %q in:\n%s", prefix, text)
+	}
+	word, _, _ := strings.Cut(rest, "\n")
+	return strconv.ParseFloat(strings.TrimSpace(word), 64)
+}
