@@ -43,16 +43,16 @@ func openLogs(path string) (*logs, error) {
 	// A sixteenth of the drive is one file's share.
 	share := int64(fs.Blocks) / 16 * int64(fs.Bsize)
 	l := &logs{dir: dir}
-	open := func(name string, most int64, keep int) *applog.Async {
-		f := applog.NewFile(dir, name, min(max(share, 64<<10), most), keep)
-		q := applog.NewAsync(f, queueBytes)
+	open := func(name string, most int64, keep int, notice applog.Notice) *applog.Async {
+		f := applog.NewFile(dir, name, min(max(share, 64<<10), most), keep, notice)
+		q := applog.NewAsync(f, queueBytes, notice)
 		l.files, l.queues = append(l.files, f), append(l.queues, q)
 		return q
 	}
-	l.workload = open("workload.log", 64<<20, 3)
-	l.attestation = open("attestation.jsonl", 8<<20, 1)
-	l.boot = open("coffer.log", 1<<20, 1)
-	l.containerd = open("containerd.log", 1<<20, 1)
+	l.workload = open("workload.log", 64<<20, 3, applog.TextNotice)
+	l.attestation = open("attestation.jsonl", 8<<20, 1, applog.JSONNotice)
+	l.boot = open("coffer.log", 1<<20, 1, applog.TextNotice)
+	l.containerd = open("containerd.log", 1<<20, 1, applog.TextNotice)
 	return l, nil
 }
 
