@@ -18,6 +18,7 @@ import (
 
 	"coffer/agent/drives"
 	"coffer/agent/reaper"
+	"coffer/internal/boot"
 	"coffer/internal/evidence"
 	"coffer/internal/firewall"
 	"coffer/internal/guestconfig"
@@ -52,9 +53,7 @@ func System(flush func()) Deps {
 		Stop:       stopRequests(),
 		PowerOff: func() {
 			flush()
-			within(flushTime, unix.Sync)
-			_ = unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF)
-			os.Exit(1) // the kernel panics: a power-off that failed must not go on
+			boot.PowerOff()
 		},
 	}
 }
