@@ -70,8 +70,22 @@ func ko(modinfo string) string {
 	return b.String()
 }
 
+// goProgram builds a program that does nothing, as the Makefile builds them.
+func goProgram(t *testing.T, tags string) string {
+	t.Helper()
+	dir := t.TempDir()
+	source, program := filepath.Join(dir, "main.go"), filepath.Join(dir, "program")
+	if err := os.WriteFile(source, []byte("package main\n\nfunc main() {}\n"), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if out, err := exec.Command(testenv.LookTool(t, "go"), "build", "-tags", tags, "-trimpath", "-ldflags", "-s -w -buildid=", "-o", program, source).CombinedOutput(); err != nil {
+		t.Fatalf("go build: %v: %s", err, out)
+	}
+	return program
+}
+
 // params is a base of made-up packages that lie in the cache, so that no
-// network is needed. Its programs are this test program.
+// network is needed.
 func params(t *testing.T) Params {
 	t.Helper()
 	cache := t.TempDir()
@@ -102,10 +116,7 @@ func params(t *testing.T) Params {
 	if err := os.WriteFile(locked, data, 0o644); err != nil {
 		t.Fatal(err)
 	}
-	self, err := os.Executable()
-	if err != nil {
-		t.Fatal(err)
-	}
+	self := goProgram(t, "netgo")
 	p := Params{
 		Out: filepath.Join(t.TempDir(), "base"), Platform: PlatformSNP, Init: self, Programs: map[string]string{},
 		Cache: cache, Locked: locked,
@@ -244,15 +255,7 @@ func TestBuildRefuses(t *testing.T) {
 
 // Rule: simulation code is never in a production base.
 func TestSimulatedProgramsStayOutOfProduction(t *testing.T) {
-	dir := t.TempDir()
-	source := filepath.Join(dir, "main.go")
-	if err := os.WriteFile(source, []byte("package main\n\nfunc main() {}\n"), 0o644); err != nil {
-		t.Fatal(err)
-	}
-	program := filepath.Join(dir, "simulated")
-	if out, err := exec.Command("go", "build", "-tags", "netgo,simulated", "-trimpath", "-ldflags", "-s -w -buildid=", "-o", program, source).CombinedOutput(); err != nil {
-		t.Fatalf("go build: %v: %s", err, out)
-	}
+	program := goProgram(t, "netgo,simulated")
 	p := params(t)
 	for _, change := range []func(*Params){
 		func(p *Params) { p.Init = program },
