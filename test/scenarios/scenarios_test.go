@@ -372,7 +372,7 @@ func kbsUnreachable(t *testing.T, l *line) {
 		}
 	}()
 	g := boot(t, l.copyOf(t, l.a))
-	g.refused("key", "E_KBS_UNREACHABLE", "https://10.0.2.2:")
+	g.refused("key", "E_KBS_UNREACHABLE", "10.0.2.2:")
 }
 
 // noKeyAnywhere scans all that the scenarios printed and left for A's and B's
