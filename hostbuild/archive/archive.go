@@ -172,6 +172,9 @@ func (s *scan) outer(r io.Reader) error {
 	}
 	tr := tar.NewReader(r)
 	for n := 0; ; n++ {
+		if err := s.ctx.Err(); err != nil {
+			return err
+		}
 		h, err := tr.Next()
 		if err == io.EOF {
 			break
