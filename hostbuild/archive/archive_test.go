@@ -467,6 +467,7 @@ func TestBadArchives(t *testing.T) {
 		"no manifest":                {makeTar(with(layout, "index.json", []byte(`{"manifests":[{"digest":"sha256:00"}]}`))...), ErrMissing, "sha256:00"},
 		"digest without a colon":     {makeTar(with(layout, "index.json", []byte(`{"manifests":[{"digest":"x"}]}`))...), ErrMissing, "x"},
 		"indexes, deep":              {makeTar(deepEntries...), ErrLimit, "deep"},
+		"long name":                  {makeTar(entry{name: "first", data: []byte("{}")}, entry{name: strings.Repeat("x", MaxName+1), data: []byte("{}")}), ErrLimit, "4097"},
 		"many files":                 {makeTar(manyFiles...), ErrLimit, "files"},
 	} {
 		t.Run(name, func(t *testing.T) {
