@@ -29,6 +29,7 @@ import (
 // System is the machine that this process is the first program of. flush gives
 // the console the time that it is worth, before the power goes.
 func System(flush func()) Deps {
+	go readAhead("/bin/containerd", "/bin/containerd-shim-runc-v2", "/bin/runc")
 	r := reaper.New()
 	go r.Run(nil)
 	return Deps{
@@ -55,6 +56,17 @@ func System(flush func()) Deps {
 			flush()
 			boot.PowerOff()
 		},
+	}
+}
+
+// readAhead has the kernel read programs before they are needed. They lie behind
+// dm-verity and dm-crypt, which work on another processor meanwhile.
+func readAhead(paths ...string) {
+	for _, path := range paths {
+		if f, err := os.Open(path); err == nil {
+			_ = unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_WILLNEED)
+			f.Close()
+		}
 	}
 }
 
