@@ -25,6 +25,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"sync"
 	"time"
 
 	"coffer/agent/applog"
@@ -371,6 +372,7 @@ func (a *agent) containerd(ctx context.Context) error {
 func (a *agent) container(ctx context.Context) error {
 	w := a.cfg.Workload
 	p := a.Paths
+	first := sync.OnceFunc(func() { a.log.Printf("workload first line t=%.2f", a.Now().Seconds()) })
 	image, err := workload.Import(ctx, a.daemon.Client(), workload.ImageSource{
 		Meta: p.ImageMeta, Layers: p.Layers, Digest: w.ImageDigest,
 	})
@@ -396,8 +398,8 @@ func (a *agent) container(ctx context.Context) error {
 			{Source: p.ResolvConf, Target: "/etc/resolv.conf", ReadOnly: true},
 		},
 		FIFODir: filepath.Join(p.Run, "coffer", "fifo"),
-		Stdout:  a.logs.stream(a.output),
-		Stderr:  a.logs.stream(a.output),
+		Stdout:  a.logs.stream(a.output, first),
+		Stderr:  a.logs.stream(a.output, first),
 	})
 	return boot.Fail(boot.CodeWorkload, err)
 }

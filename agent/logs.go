@@ -56,17 +56,22 @@ func openLogs(path string) (*logs, error) {
 	return l, nil
 }
 
-// stream is one output of the workload: into its log, and line by line to the console.
-func (l *logs) stream(console io.Writer) io.Writer {
+// stream is one output of the workload: into its log, and line by line to the
+// console. first is called before the first byte.
+func (l *logs) stream(console io.Writer, first func()) io.Writer {
 	lines := applog.NewLines(console, "workload: ")
 	l.lines = append(l.lines, lines)
-	return both{l.workload, lines}
+	return both{l.workload, lines, first}
 }
 
 // both writes to two writers that never fail.
-type both struct{ a, b io.Writer }
+type both struct {
+	a, b  io.Writer
+	first func()
+}
 
 func (w both) Write(p []byte) (int, error) {
+	w.first()
 	w.a.Write(p)
 	w.b.Write(p)
 	return len(p), nil
