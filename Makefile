@@ -8,7 +8,7 @@ FUZZTIME ?= 20s
 # sudo and cron often know no PATH to a Go that is not Debian's.
 export PATH := $(PATH):/usr/local/go/bin:/usr/lib/go/bin
 GO ?= go
-ifeq ($(shell $(GO) env GOVERSION 2>/dev/null),)
+ifeq ($(shell PATH="$(PATH)" $(GO) env GOVERSION 2>/dev/null),)
 $(error No usable Go: `$(GO) env` fails or `$(GO)` is not in PATH nor in /usr/local/go/bin. Install Go 1.21 or newer; it fetches the version that go.mod asks for by itself)
 endif
 

@@ -25,9 +25,8 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"sync"
 	"time"
-
-	"github.com/containerd/containerd/v2/client"
 
 	"coffer/agent/applog"
 	"coffer/agent/attest"
@@ -94,7 +93,6 @@ type agent struct {
 	net      *network
 	verifier *verifier
 	daemon   *daemon.Daemon
-	image    client.Image
 	runner   *workload.Runner
 	loop     *attest.Loop
 
@@ -110,7 +108,7 @@ func (a *agent) phases() []boot.Phase {
 		{Name: "ports", Deadline: 10 * s, Code: boot.CodeFirewall, Run: a.ports},
 		{Name: "drives", Deadline: 60 * s, Code: boot.CodeDrive, Run: a.drives},
 		{Name: "containerd", Deadline: 40 * s, Code: boot.CodeContainerd, Run: a.containerd},
-		{Name: "image", Deadline: 60 * s, Code: boot.CodeImage, Run: a.importImage},
+		{Name: "image", Deadline: 60 * s, Code: boot.CodeImage, Run: a.container},
 		{Name: "attest", Deadline: firstWithin + roundTime + 10*s, Code: boot.CodeAttestation, Run: a.attest},
 		{Name: "workload", Deadline: startTime + 30*s, Code: boot.CodeWorkload, Run: a.workload},
 	}
@@ -370,15 +368,43 @@ func (a *agent) containerd(ctx context.Context) error {
 	return err
 }
 
-func (a *agent) importImage(ctx context.Context) error {
-	var err error
-	a.image, err = workload.Import(ctx, a.daemon.Client(), workload.ImageSource{
-		Meta: a.Paths.ImageMeta, Layers: a.Paths.Layers, Digest: a.cfg.Workload.ImageDigest,
+// container imports the image and makes the container, which does not run yet.
+func (a *agent) container(ctx context.Context) error {
+	w := a.cfg.Workload
+	p := a.Paths
+	first := sync.OnceFunc(func() { a.log.Printf("workload first line t=%.2f", a.Now().Seconds()) })
+	image, err := workload.Import(ctx, a.daemon.Client(), workload.ImageSource{
+		Meta: p.ImageMeta, Layers: p.Layers, Digest: w.ImageDigest,
 	})
-	return err
+	if err != nil {
+		return err
+	}
+	a.runner, err = workload.Create(ctx, a.daemon.Client(), image, workload.Config{
+		ID:         "workload",
+		Hostname:   a.cfg.CVMID,
+		Cgroup:     "/coffer/workload",
+		CgroupRoot: p.CgroupRoot,
+		Args:       w.Args,
+		Env:        w.Env,
+		MemoryMiB:  w.MemoryMiB,
+		PidsMax:    w.PidsMax,
+		TmpMiB:     w.TmpMiB,
+		Binds: []workload.Bind{
+			{Source: p.UserConfig, Target: "/user_config", ReadOnly: true}, // startup scripts run from there
+			{Source: p.UserData, Target: "/user_data"},
+			{Source: p.Applog, Target: "/applog", NoExec: true},
+			{Source: a.vault(), Target: "/vault"},
+			{Source: p.Hosts, Target: "/etc/hosts", ReadOnly: true},
+			{Source: p.ResolvConf, Target: "/etc/resolv.conf", ReadOnly: true},
+		},
+		FIFODir: filepath.Join(p.Run, "coffer", "fifo"),
+		Stdout:  a.logs.stream(a.output, first),
+		Stderr:  a.logs.stream(a.output, first),
+	})
+	return boot.Fail(boot.CodeWorkload, err)
 }
 
-// attest waits for the first pass.
+// attest waits for the first pass; then the container is started.
 func (a *agent) attest(ctx context.Context) error {
 	c := a.cfg.Attestation
 	stale := time.Duration(c.MaxStaleness) * time.Second
@@ -402,37 +428,7 @@ func (a *agent) attest(ctx context.Context) error {
 	return a.loop.First(ctx)
 }
 
-func (a *agent) workload(ctx context.Context) error {
-	w := a.cfg.Workload
-	p := a.Paths
-	var err error
-	a.runner, err = workload.Create(ctx, a.daemon.Client(), a.image, workload.Config{
-		ID:         "workload",
-		Hostname:   a.cfg.CVMID,
-		Cgroup:     "/coffer/workload",
-		CgroupRoot: p.CgroupRoot,
-		Args:       w.Args,
-		Env:        w.Env,
-		MemoryMiB:  w.MemoryMiB,
-		PidsMax:    w.PidsMax,
-		TmpMiB:     w.TmpMiB,
-		Binds: []workload.Bind{
-			{Source: p.UserConfig, Target: "/user_config", ReadOnly: true}, // startup scripts run from there
-			{Source: p.UserData, Target: "/user_data"},
-			{Source: p.Applog, Target: "/applog", NoExec: true},
-			{Source: a.vault(), Target: "/vault"},
-			{Source: p.Hosts, Target: "/etc/hosts", ReadOnly: true},
-			{Source: p.ResolvConf, Target: "/etc/resolv.conf", ReadOnly: true},
-		},
-		FIFODir: filepath.Join(p.Run, "coffer", "fifo"),
-		Stdout:  a.logs.stream(a.output),
-		Stderr:  a.logs.stream(a.output),
-	})
-	if err != nil {
-		return err
-	}
-	return a.loop.StartFirst(ctx)
-}
+func (a *agent) workload(ctx context.Context) error { return a.loop.Started(ctx) }
 
 // startWorkload starts the container for the loop.
 func (a *agent) startWorkload(ctx context.Context) (<-chan error, error) {

@@ -43,30 +43,35 @@ func openLogs(path string) (*logs, error) {
 	// A sixteenth of the drive is one file's share.
 	share := int64(fs.Blocks) / 16 * int64(fs.Bsize)
 	l := &logs{dir: dir}
-	open := func(name string, most int64, keep int) *applog.Async {
-		f := applog.NewFile(dir, name, min(max(share, 64<<10), most), keep)
-		q := applog.NewAsync(f, queueBytes)
+	open := func(name string, most int64, keep int, notice applog.Notice) *applog.Async {
+		f := applog.NewFile(dir, name, min(max(share, 64<<10), most), keep, notice)
+		q := applog.NewAsync(f, queueBytes, notice)
 		l.files, l.queues = append(l.files, f), append(l.queues, q)
 		return q
 	}
-	l.workload = open("workload.log", 64<<20, 3)
-	l.attestation = open("attestation.jsonl", 8<<20, 1)
-	l.boot = open("coffer.log", 1<<20, 1)
-	l.containerd = open("containerd.log", 1<<20, 1)
+	l.workload = open("workload.log", 64<<20, 3, applog.TextNotice)
+	l.attestation = open("attestation.jsonl", 8<<20, 1, applog.JSONNotice)
+	l.boot = open("coffer.log", 1<<20, 1, applog.TextNotice)
+	l.containerd = open("containerd.log", 1<<20, 1, applog.TextNotice)
 	return l, nil
 }
 
-// stream is one output of the workload: into its log, and line by line to the console.
-func (l *logs) stream(console io.Writer) io.Writer {
+// stream is one output of the workload: into its log, and line by line to the
+// console. first is called before the first byte.
+func (l *logs) stream(console io.Writer, first func()) io.Writer {
 	lines := applog.NewLines(console, "workload: ")
 	l.lines = append(l.lines, lines)
-	return both{l.workload, lines}
+	return both{l.workload, lines, first}
 }
 
 // both writes to two writers that never fail.
-type both struct{ a, b io.Writer }
+type both struct {
+	a, b  io.Writer
+	first func()
+}
 
 func (w both) Write(p []byte) (int, error) {
+	w.first()
 	w.a.Write(p)
 	w.b.Write(p)
 	return len(p), nil

@@ -18,6 +18,7 @@ import (
 
 	"coffer/agent/drives"
 	"coffer/agent/reaper"
+	"coffer/internal/boot"
 	"coffer/internal/evidence"
 	"coffer/internal/firewall"
 	"coffer/internal/guestconfig"
@@ -28,6 +29,7 @@ import (
 // System is the machine that this process is the first program of. flush gives
 // the console the time that it is worth, before the power goes.
 func System(flush func()) Deps {
+	go readAhead("/bin/containerd", "/bin/containerd-shim-runc-v2", "/bin/runc")
 	r := reaper.New()
 	go r.Run(nil)
 	return Deps{
@@ -52,10 +54,19 @@ func System(flush func()) Deps {
 		Stop:       stopRequests(),
 		PowerOff: func() {
 			flush()
-			within(flushTime, unix.Sync)
-			_ = unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF)
-			os.Exit(1) // the kernel panics: a power-off that failed must not go on
+			boot.PowerOff()
 		},
+	}
+}
+
+// readAhead has the kernel read programs before they are needed. They lie behind
+// dm-verity and dm-crypt, which work on another processor meanwhile.
+func readAhead(paths ...string) {
+	for _, path := range paths {
+		if f, err := os.Open(path); err == nil {
+			_ = unix.Fadvise(int(f.Fd()), 0, 0, unix.FADV_WILLNEED)
+			f.Close()
+		}
 	}
 }
 

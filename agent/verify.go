@@ -103,6 +103,9 @@ type record struct {
 	DurationMS   int64  `json:"duration_ms"`
 	LaunchDigest string `json:"launch_digest"`
 	Simulated    bool   `json:"simulated"`
+
+	// RSS is the resident memory of agent, containerd and shim.
+	RSS map[string]int64 `json:"rss_kib"`
 }
 
 // report writes a round to the console and to its log.
@@ -121,6 +124,7 @@ func (a *agent) report(r attest.Result) {
 		DurationMS:   r.Duration.Milliseconds(),
 		LaunchDigest: a.handover.LaunchDigest,
 		Simulated:    a.verifier.source.Simulated(),
+		RSS:          resident("/proc"),
 	})
 	if err == nil {
 		a.logs.attestation.Write(append(b, '\n'))

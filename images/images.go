@@ -39,8 +39,9 @@ type Source struct {
 
 // Module is a group of kernel modules that go together.
 type Module struct {
-	Group string   `yaml:"group"`
-	Names []string `yaml:"names"` // "-" before a name: may fail to load
+	Group    string   `yaml:"group"`
+	Platform string   `yaml:"platform"` // the only platform that gets them; "" means all
+	Names    []string `yaml:"names"`    // "-" before a name: may fail to load
 }
 
 // Load returns the image of that name.
@@ -63,11 +64,13 @@ func Load(name string) (*Image, error) {
 	return &image, nil
 }
 
-// ModuleNames is the wanted modules of all groups, in order.
-func (i *Image) ModuleNames() []string {
+// ModuleNames is the wanted modules of one platform, in order.
+func (i *Image) ModuleNames(platform string) []string {
 	var out []string
 	for _, m := range i.Modules {
-		out = slices.Concat(out, m.Names)
+		if m.Platform == "" || m.Platform == platform {
+			out = append(out, m.Names...)
+		}
 	}
 	return out
 }

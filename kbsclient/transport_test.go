@@ -151,41 +151,52 @@ func TestBrokenHTTP(t *testing.T) {
 	}
 }
 
+// An endless answer is left at the limit, not read to its end.
 func TestOversizeAnswers(t *testing.T) {
-	flood := func(status int) http.HandlerFunc {
-		return func(w http.ResponseWriter, _ *http.Request) {
-			w.WriteHeader(status)
-			chunk := make([]byte, 64<<10)
-			for range 1000 {
-				if _, err := w.Write(chunk); err != nil {
-					return
-				}
-			}
-		}
-	}
+	const all = 128 << 20
 	for _, tc := range []struct {
 		name, route string
-		handler     http.HandlerFunc
-		want        error
+		status      int
 	}{
-		{"challenge", "POST /auth", flood(200), ErrTooLarge},
-		{"token", "POST /attest", flood(200), ErrTooLarge},
-		{"error", "POST /attest", flood(401), ErrTooLarge},
-		{"header", "POST /attest", func(w http.ResponseWriter, _ *http.Request) {
-			w.Header().Set("X", strings.Repeat("x", 1<<20))
-		}, ErrProtocol},
+		{"challenge", "POST /auth", 200},
+		{"token", "POST /attest", 200},
+		{"error", "POST /attest", 401},
+		{"resource", resourceRoute, 200},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			kbs := newFakeKBS(t)
-			kbs.override[tc.route] = tc.handler
-			_, err := serve(t, kbs, nil).Attest(context.Background(), sample{})
-			is(t, err, tc.want)
+			written := make(chan int, 1)
+			kbs.override[tc.route] = func(w http.ResponseWriter, _ *http.Request) {
+				w.WriteHeader(tc.status)
+				chunk := make([]byte, 64<<10)
+				sum := 0
+				for err := error(nil); err == nil && sum < all; {
+					var n int
+					n, err = w.Write(chunk)
+					sum += n
+				}
+				written <- sum
+			}
+			c := serve(t, kbs, nil)
+			s, err := c.Attest(context.Background(), sample{})
+			if tc.route == resourceRoute && err == nil {
+				_, err = s.Resource(context.Background(), "keys/root/x")
+			}
+			is(t, err, ErrTooLarge)
+			if n := <-written; n >= all {
+				t.Errorf("all of %d bytes were taken", n)
+			}
 		})
 	}
+}
+
+func TestOversizeHeader(t *testing.T) {
 	kbs := newFakeKBS(t)
-	kbs.override[resourceRoute] = flood(200)
-	_, err := attest(t, serve(t, kbs, nil)).Resource(context.Background(), "keys/root/x")
-	is(t, err, ErrTooLarge)
+	kbs.override["POST /attest"] = func(w http.ResponseWriter, _ *http.Request) {
+		w.Header().Set("X", strings.Repeat("x", 1<<20))
+	}
+	_, err := serve(t, kbs, nil).Attest(context.Background(), sample{})
+	is(t, err, ErrProtocol)
 }
 
 // A server that holds the line: nothing at all, or a byte now and then.
@@ -206,7 +217,9 @@ func TestDeadlineOfACall(t *testing.T) {
 					}
 				}
 			}
-			c := serve(t, kbs, func(_ *tls.Config, cfg *Config) { cfg.CallTimeout = 300 * time.Millisecond })
+			c := serve(t, kbs, func(_ *tls.Config, cfg *Config) {
+				cfg.CallTimeout, cfg.AttestTimeout = 300*time.Millisecond, time.Hour
+			})
 			_, err := c.Attest(context.Background(), sample{})
 			is(t, err, ErrUnreachable)
 			if !errors.Is(err, context.DeadlineExceeded) {
@@ -220,7 +233,7 @@ func TestDeadlineOfACall(t *testing.T) {
 // the request.
 func TestDeadlineOfAConnection(t *testing.T) {
 	c := serve(t, newFakeKBS(t), func(_ *tls.Config, cfg *Config) {
-		cfg.CallTimeout = 100 * time.Millisecond
+		cfg.CallTimeout, cfg.AttestTimeout = 100*time.Millisecond, time.Hour
 		cfg.Dial = func(ctx context.Context, _, _ string) (net.Conn, error) {
 			<-ctx.Done()
 			return nil, ctx.Err()
@@ -395,17 +408,19 @@ func TestConnectionClosedInTLSHandshake(t *testing.T) {
 
 func TestNewRefuses(t *testing.T) {
 	key := "-----BEGIN PRIVATE KEY-----\nAAAA\n-----END PRIVATE KEY-----\n"
+	other := strings.ReplaceAll(string(newCA(t, epoch, epoch).pem), "CERTIFICATE", "TRUSTED CERTIFICATE")
 	for name, cfg := range map[string]Config{
-		"no URL":          {},
-		"no host":         {URL: "https://"},
-		"other scheme":    {URL: "ftp://kbs"},
-		"no scheme":       {URL: "kbs:8080"},
-		"plain http":      {URL: "http://kbs:8080"},
-		"password in URL": {URL: "https://u:secret@kbs"},
-		"query":           {URL: "https://kbs?x=1"},
-		"CA no PEM":       {URL: "https://kbs", RootCAs: []byte("x")},
-		"CA a key":        {URL: "https://kbs", RootCAs: []byte(key)},
-		"CA broken":       {URL: "https://kbs", RootCAs: []byte(strings.ReplaceAll(key, "PRIVATE KEY", "CERTIFICATE"))},
+		"no URL":             {},
+		"no host":            {URL: "https://"},
+		"other scheme":       {URL: "ftp://kbs"},
+		"no scheme":          {URL: "kbs:8080"},
+		"plain http":         {URL: "http://kbs:8080"},
+		"password in URL":    {URL: "https://u:secret@kbs"},
+		"query":              {URL: "https://kbs?x=1"},
+		"CA no PEM":          {URL: "https://kbs", RootCAs: []byte("x")},
+		"CA of another type": {URL: "https://kbs", RootCAs: []byte(other)},
+		"CA a key":           {URL: "https://kbs", RootCAs: []byte(key)},
+		"CA broken":          {URL: "https://kbs", RootCAs: []byte(strings.ReplaceAll(key, "PRIVATE KEY", "CERTIFICATE"))},
 	} {
 		t.Run(name, func(t *testing.T) {
 			_, err := New(cfg)

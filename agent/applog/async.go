@@ -14,25 +14,38 @@ import (
 	"time"
 )
 
+// Notice is the format, with one %d, of what a log says about bytes that it lost.
+type Notice string
+
+// Notices.
+const (
+	// TextNotice begins a line of its own: the log may end in the middle of one.
+	TextNotice Notice = "\ncoffer: %d bytes of this log were dropped\n"
+	// JSONNotice is for logs that are written in whole lines of JSON.
+	JSONNotice Notice = `{"dropped_bytes":%d}` + "\n"
+)
+
 // Async is a bounded queue in front of a writer. Write copies and returns at
 // once; a chunk that does not fit is dropped whole.
 type Async struct {
-	w   io.Writer
-	max int
+	w      io.Writer
+	max    int
+	notice Notice
 
 	mu      sync.Mutex
-	wake    chan struct{} // capacity 1
+	news    sync.Cond // queue or closed has changed
 	queue   []byte
 	pending int // dropped bytes that no notice has named yet
 	dropped int64
 	closed  bool
-	done    chan struct{}
+	done    chan struct{} // closed when all is written after Close
 }
 
 // NewAsync writes to w from a goroutine of its own and holds at most max bytes.
 // w gets whole chunks, several at a time.
-func NewAsync(w io.Writer, max int) *Async {
-	a := &Async{w: w, max: max, wake: make(chan struct{}, 1), done: make(chan struct{})}
+func NewAsync(w io.Writer, max int, notice Notice) *Async {
+	a := &Async{w: w, max: max, notice: notice, done: make(chan struct{})}
+	a.news.L = &a.mu
 	go a.run()
 	return a
 }
@@ -47,15 +60,12 @@ func (a *Async) Write(p []byte) (int, error) {
 		a.dropped += int64(len(p))
 	default:
 		if a.pending > 0 {
-			a.queue = fmt.Appendf(a.queue, "coffer: %d bytes of this log were dropped\n", a.pending)
+			a.queue = fmt.Appendf(a.queue, string(a.notice), a.pending)
 			a.pending = 0
 		}
 		a.queue = append(a.queue, p...)
 	}
-	select {
-	case a.wake <- struct{}{}:
-	default:
-	}
+	a.news.Signal()
 	return len(p), nil
 }
 
@@ -70,11 +80,8 @@ func (a *Async) Dropped() int64 {
 // reports whether all of it was.
 func (a *Async) Close(limit time.Duration) bool {
 	a.mu.Lock()
-	if !a.closed {
-		a.closed = true
-		close(a.wake)
-		a.wake = make(chan struct{}, 1) // for late writers
-	}
+	a.closed = true
+	a.news.Signal()
 	a.mu.Unlock()
 	t := time.NewTimer(limit)
 	defer t.Stop()
@@ -88,24 +95,19 @@ func (a *Async) Close(limit time.Duration) bool {
 
 func (a *Async) run() {
 	defer close(a.done)
-	wake := a.wake
 	var spare []byte
 	for {
-		_, open := <-wake
-		for {
-			a.mu.Lock()
-			batch := a.queue
-			a.queue = spare[:0]
-			a.mu.Unlock()
-			if len(batch) == 0 {
-				spare = batch
-				break
-			}
-			a.w.Write(batch) // an error is the writer's own to count
-			spare = batch
+		a.mu.Lock()
+		for len(a.queue) == 0 && !a.closed {
+			a.news.Wait()
 		}
-		if !open {
+		batch := a.queue
+		a.queue = spare[:0]
+		a.mu.Unlock()
+		if len(batch) == 0 {
 			return
 		}
+		a.w.Write(batch) // an error is the writer's own to count
+		spare = batch
 	}
 }

@@ -14,10 +14,11 @@ import (
 // (oldest). It never fails. On a full drive it gives up its oldest backup, and
 // then drops.
 type File struct {
-	dir  *os.Root
-	name string
-	max  int64
-	keep int
+	dir    *os.Root
+	name   string
+	max    int64
+	keep   int
+	notice Notice
 
 	mu      sync.Mutex
 	f       *os.File
@@ -31,8 +32,8 @@ type File struct {
 const reopenAfter = time.Second
 
 // NewFile logs to name in dir: at most keep+1 files of max bytes each.
-func NewFile(dir *os.Root, name string, max int64, keep int) *File {
-	return &File{dir: dir, name: name, max: max, keep: keep}
+func NewFile(dir *os.Root, name string, max int64, keep int, notice Notice) *File {
+	return &File{dir: dir, name: name, max: max, keep: keep, notice: notice}
 }
 
 // Write always takes all of p and never fails. It blocks as long as the drive does.
@@ -41,8 +42,7 @@ func (l *File) Write(p []byte) (int, error) {
 	defer l.mu.Unlock()
 	rest := p
 	if l.pending > 0 {
-		// Appended: p may begin in the middle of a line.
-		notice := fmt.Sprintf("\ncoffer: %d bytes of this log were dropped\n", l.pending)
+		notice := fmt.Sprintf(string(l.notice), l.pending)
 		if n := l.write([]byte(notice)); n == len(notice) {
 			l.pending = 0
 		}

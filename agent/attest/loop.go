@@ -20,7 +20,8 @@ type Result struct {
 }
 
 // Loop carries out what Decide decides. Start and Stop are never called at the
-// same time; a Round may run beside them.
+// same time; a Round may run beside them, so that a slow start does not let the
+// pass grow stale.
 type Loop struct {
 	Policy Policy
 	// Round asks the verifier once. It returns nil for a pass. Its context ends
@@ -42,57 +43,100 @@ type Loop struct {
 	// Bounds of a round, a start and a stop.
 	RoundTime, StartTime, StopTime time.Duration
 
-	state   State
-	seq     int
-	rounds  chan Result
-	exited  <-chan error
-	why     error // reason of the last bad verdict
-	stopped bool
+	state     State
+	seq       int
+	rounds    chan Result
+	starts    chan start         // result of the start under way
+	abort     context.CancelFunc // of the start under way, nil when none
+	exited    <-chan error
+	why       error // reason of the last bad verdict
+	restarted bool  // the start under way is not the first
 }
 
-// First attests until the workload may start. It does not start it.
+// start is how a start went.
+type start struct {
+	exited <-chan error
+	err    error
+}
+
+// First attests until the workload may start, and begins to start it.
 func (l *Loop) First(ctx context.Context) error {
 	l.state = Begin(l.Now())
 	l.rounds = make(chan Result, 1)
-	return l.drive(ctx, func(a Action) (done bool, err error) { return a == StartJob, nil })
+	l.starts = make(chan start, 1)
+	return l.drive(ctx, func() bool { return l.state.Job == JobRunning })
+}
+
+// Started goes on attesting until the workload that First has begun to start runs.
+func (l *Loop) Started(ctx context.Context) error {
+	return l.drive(ctx, func() bool { return l.exited != nil })
 }
 
 // Run attests until the guest has to end, and says why: what the workload's
 // channel gave, the context's cause, or a failure. The workload may still run
 // when the context ended or where a start or a stop failed.
 func (l *Loop) Run(ctx context.Context) error {
-	return l.drive(ctx, func(a Action) (bool, error) { return false, l.job(ctx, a) })
+	return l.drive(ctx, func() bool { return false })
 }
 
-// StartFirst starts the workload after First.
-func (l *Loop) StartFirst(ctx context.Context) error { return l.job(ctx, StartJob) }
-
-func (l *Loop) job(ctx context.Context, a Action) error {
+// do carries out an action on the workload.
+func (l *Loop) do(ctx context.Context, a Action) error {
 	switch a {
 	case StartJob:
-		ctx, cancel := context.WithTimeout(ctx, l.StartTime)
-		defer cancel()
-		exited, err := l.Start(ctx)
-		if err != nil {
-			return boot.Fail(boot.CodeWorkload, fmt.Errorf("start the workload: %w", err))
-		}
-		if l.stopped {
+		if l.restarted {
 			l.Printf("attestation action=start_job reason=%q", "a round passed")
 		}
-		l.exited, l.stopped = exited, false
+		l.restarted = true
+		// Not bounded by the phase that happens to begin it.
+		ctx, l.abort = context.WithTimeout(context.WithoutCancel(ctx), l.StartTime)
+		go func() {
+			var st start
+			st.err = guard(func() (err error) {
+				st.exited, err = l.Start(ctx)
+				return err
+			})
+			l.starts <- st
+		}()
 	case StopJob:
 		l.Printf("attestation action=stop_job reason=%q", l.reason())
+		if l.abort != nil {
+			// What a start that was cut off has left is not known; the end is.
+			return boot.Fail(boot.CodeAttestation, fmt.Errorf("while the workload was starting: %w", l.reason()))
+		}
 		// Whoever cancels ctx wants the workload to end, too.
 		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), l.StopTime)
 		defer cancel()
 		if err := l.Stop(ctx); err != nil {
 			return boot.Fail(boot.CodeWorkload, fmt.Errorf("stop the workload after a bad verdict: %w", err))
 		}
-		l.exited, l.stopped = nil, true
+		l.exited = nil
 	case Warn:
 		l.Printf("attestation action=log reason=%q", l.reason())
 	}
 	return nil
+}
+
+// begun takes the result of a start.
+func (l *Loop) begun(st start) error {
+	l.abort()
+	l.abort, l.exited = nil, st.exited
+	if st.err != nil {
+		return boot.Fail(boot.CodeWorkload, fmt.Errorf("start the workload: %w", st.err))
+	}
+	return nil
+}
+
+// settle ends a start that is under way when the loop ends.
+func (l *Loop) settle() {
+	if l.abort == nil {
+		return
+	}
+	l.abort()
+	select {
+	case <-l.starts:
+	case <-time.After(l.StopTime):
+	}
+	l.abort = nil
 }
 
 func (l *Loop) reason() error {
@@ -102,15 +146,19 @@ func (l *Loop) reason() error {
 	return l.why
 }
 
-// drive feeds Decide until do says that it is done, or the guest has to end.
-func (l *Loop) drive(ctx context.Context, do func(Action) (done bool, err error)) error {
+// drive feeds Decide until it is done, or the guest has to end.
+func (l *Loop) drive(ctx context.Context, done func() bool) (err error) {
+	defer func() {
+		if err != nil {
+			l.settle()
+		}
+	}()
 	ev := Event{Kind: Tick}
 	var exit error
 	for {
 		ev.Jitter = rand.Float64()
 		var acts []Action
 		l.state, acts = Decide(l.Policy, l.state, ev, l.Now())
-		done := false
 		for _, a := range acts {
 			switch a {
 			case StartRound:
@@ -121,18 +169,17 @@ func (l *Loop) drive(ctx context.Context, do func(Action) (done bool, err error)
 				}
 				return boot.Fail(boot.CodeAttestation, l.reason())
 			default:
-				d, err := do(a)
-				if err != nil {
+				if err := l.do(ctx, a); err != nil {
 					return err
 				}
-				done = done || d
 			}
 		}
-		if done {
+		if done() {
 			return nil
 		}
 
 		timer := time.NewTimer(max(l.state.Wake(l.Policy)-l.Now(), 0))
+		ev = Event{Kind: Tick}
 		select {
 		case <-ctx.Done():
 			timer.Stop()
@@ -145,11 +192,14 @@ func (l *Loop) drive(ctx context.Context, do func(Action) (done bool, err error)
 				l.why = fmt.Errorf("round %d was %s: %s", r.Seq, r.Verdict, r.Reason)
 			}
 			l.Report(r)
+		case st := <-l.starts:
+			if err := l.begun(st); err != nil {
+				return err
+			}
 		case exit = <-l.exited:
 			l.exited = nil
 			ev = Event{Kind: JobExited}
 		case <-timer.C:
-			ev = Event{Kind: Tick}
 		}
 		timer.Stop()
 	}

@@ -29,9 +29,11 @@ type world struct {
 	running  chan error // of the present run, nil when none
 	starts   int
 	startErr error
-	stopErr  error
-	lines    []string
-	results  []Result
+
+	startTakes time.Duration
+	stopErr    error
+	lines      []string
+	results    []Result
 }
 
 func newWorld(action string, restart bool) *world {
@@ -66,7 +68,12 @@ func newWorld(action string, restart bool) *world {
 			defer w.mu.Unlock()
 			w.lines = append(w.lines, fmt.Sprintf(f, a...))
 		},
-		Start: func(context.Context) (<-chan error, error) {
+		Start: func(ctx context.Context) (<-chan error, error) {
+			select {
+			case <-time.After(w.startTakes):
+			case <-ctx.Done():
+				return nil, ctx.Err()
+			}
 			w.mu.Lock()
 			defer w.mu.Unlock()
 			if w.startErr != nil {
@@ -96,7 +103,7 @@ func (w *world) live(ctx context.Context) <-chan error {
 			done <- err
 			return
 		}
-		if err := w.StartFirst(ctx); err != nil {
+		if err := w.Started(ctx); err != nil {
 			done <- err
 			return
 		}
@@ -241,6 +248,27 @@ func TestLoopLog(t *testing.T) {
 	})
 }
 
+// A start that takes longer than max_staleness is carried by the rounds beside it.
+func TestLoopSlowStart(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(guestconfig.ActionStopJob, true)
+		w.startTakes, w.StartTime = 20*time.Minute, time.Hour
+		ctx, cancel := context.WithCancel(context.Background())
+		done := w.live(ctx)
+		w.wait(19 * time.Minute)
+		if w.running != nil || len(w.results) < 18 {
+			t.Errorf("running %v after %d rounds", w.running != nil, len(w.results))
+		}
+		w.wait(2 * time.Minute)
+		if w.running == nil {
+			t.Error("not started")
+		}
+		cancel()
+		w.wait(time.Minute)
+		ended(t, done)
+	})
+}
+
 func TestLoopEnds(t *testing.T) {
 	lost := errors.New("exited")
 	for _, tc := range []struct {
@@ -254,6 +282,9 @@ func TestLoopEnds(t *testing.T) {
 		{"first round negative", func(w *world) { w.verdict = errDenied }, nil, nil, boot.CodeAttestation, false},
 		{"KBS silent from the start", func(w *world) { w.verdict = errSilent }, nil, nil, boot.CodeAttestation, false},
 		{"round hangs from the start", func(w *world) { w.takes = time.Hour }, nil, nil, boot.CodeAttestation, false},
+		{"start takes too long", func(w *world) { w.startTakes = time.Hour }, nil, context.DeadlineExceeded, boot.CodeWorkload, false},
+		{"negative while starting", func(w *world) { w.startTakes, w.StartTime = time.Hour, time.Hour },
+			func(w *world) { w.verdict = errDenied }, nil, boot.CodeAttestation, false},
 		{"start fails", func(w *world) { w.startErr = lost }, nil, lost, boot.CodeWorkload, false},
 		{"stop fails", func(w *world) { w.stopErr = lost }, func(w *world) { w.verdict = errDenied }, lost, boot.CodeWorkload, false},
 		{"the workload exits", nil, func(w *world) { w.running <- lost }, lost, boot.CodeInternal, true},

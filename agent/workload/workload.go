@@ -111,9 +111,9 @@ func Create(ctx context.Context, c *client.Client, image client.Image, cfg Confi
 // Start starts a run. ctx bounds the start, not the run. The channel is closed
 // when the run has ended; Exit then tells how.
 func (r *Runner) Start(ctx context.Context) (ended <-chan struct{}, err error) {
-	if r.done != nil {
+	if _, done := r.run(); done != nil {
 		select {
-		case <-r.done:
+		case <-done:
 		default:
 			return nil, errors.New("the workload runs already")
 		}
@@ -140,6 +140,13 @@ func (r *Runner) Start(ctx context.Context) (ended <-chan struct{}, err error) {
 		close(done)
 	}()
 	return done, nil
+}
+
+// run is the present or last run; done is nil where there was none.
+func (r *Runner) run() (task client.Task, done <-chan struct{}) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.task, r.done
 }
 
 // Exit tells how the last run ended.
@@ -203,22 +210,23 @@ func within(ctx context.Context, f func()) {
 // Kill ends the run at once: it pauses all of its processes, so that none acts
 // any more, then kills them. nil means that none is left.
 func (r *Runner) Kill(ctx context.Context) error {
-	if r.done == nil {
+	task, done := r.run()
+	if done == nil {
 		return nil
 	}
 	pause, cancel := context.WithTimeout(ctx, pauseWithin)
-	r.task.Pause(pause) // the kill is what counts
+	task.Pause(pause) // the kill is what counts
 	cancel()
 	tick := time.NewTicker(killEvery)
 	defer tick.Stop()
 	var err error
 	for {
 		try, cancel := context.WithTimeout(ctx, pauseWithin)
-		err = r.task.Kill(try, syscall.SIGKILL, client.WithKillAll)
+		err = task.Kill(try, syscall.SIGKILL, client.WithKillAll)
 		cancel()
 		r.killCgroup()
 		select {
-		case <-r.done:
+		case <-done:
 			return nil
 		case <-ctx.Done():
 			return fmt.Errorf("the workload does not die: %w", errors.Join(ctx.Err(), err))
@@ -237,18 +245,19 @@ func (r *Runner) killCgroup() {
 // Terminate asks the workload to end by its image's stop signal, gives it grace,
 // and then kills it.
 func (r *Runner) Terminate(ctx context.Context, grace time.Duration) error {
-	if r.done == nil {
+	task, done := r.run()
+	if done == nil {
 		return nil
 	}
 	signal, err := client.GetStopSignal(ctx, r.container, syscall.SIGTERM)
 	if err != nil {
 		signal = syscall.SIGTERM
 	}
-	if err := r.task.Kill(ctx, signal); err == nil {
+	if err := task.Kill(ctx, signal); err == nil {
 		timer := time.NewTimer(grace)
 		defer timer.Stop()
 		select {
-		case <-r.done:
+		case <-done:
 			return nil
 		case <-timer.C:
 		case <-ctx.Done():

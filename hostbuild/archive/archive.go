@@ -42,6 +42,7 @@ var (
 // Limits of an archive.
 const (
 	MaxFiles     = 1 << 16  // entries of the outer tar
+	MaxName      = 4096     // bytes of such an entry's name
 	MaxDocument  = 4 << 20  // bytes of one JSON document
 	MaxDocuments = 32 << 20 // bytes of all of them
 	MaxLayers    = 1 << 10  // layers that the archive holds
@@ -172,6 +173,9 @@ func (s *scan) outer(r io.Reader) error {
 	}
 	tr := tar.NewReader(r)
 	for n := 0; ; n++ {
+		if err := s.ctx.Err(); err != nil {
+			return err
+		}
 		h, err := tr.Next()
 		if err == io.EOF {
 			break
@@ -184,6 +188,9 @@ func (s *scan) outer(r io.Reader) error {
 		}
 		if h.Typeflag != tar.TypeReg {
 			continue
+		}
+		if len(h.Name) > MaxName {
+			return fmt.Errorf("%w: a file name of %d bytes", ErrLimit, len(h.Name))
 		}
 		f, err := s.read(tr, h.Size)
 		if err != nil {

@@ -124,7 +124,7 @@ func build(ctx context.Context, p Params, image *images.Image) (*Base, error) {
 		return nil, err
 	}
 	m.KernelVersion = k.version
-	loaded, err := k.modules.Closure(image.ModuleNames())
+	loaded, err := k.modules.Closure(image.ModuleNames(p.Platform))
 	if err != nil {
 		return nil, err
 	}

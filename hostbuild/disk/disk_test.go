@@ -3,18 +3,27 @@ package disk
 import (
 	"archive/tar"
 	"bytes"
+	"context"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
+	"io"
+	"io/fs"
 	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
+	"slices"
 	"strconv"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
+	"coffer/hostbuild/archive"
+	"coffer/hostbuild/disk/erofs"
 	"coffer/hostbuild/disk/luks2"
 	"coffer/hostbuild/disk/xts"
 	"coffer/internal/testenv"
@@ -105,19 +114,12 @@ func writeFile(t testing.TB, name string, data []byte) string {
 }
 
 func smallImage(t testing.TB) string {
-	base := makeTar(t,
-		tarMember{tar.Header{Name: "etc/", Typeflag: tar.TypeDir, Mode: 0o755}, nil},
-		regular("etc/motd", []byte("hello\n")),
-		regular("etc/old", []byte("old\n")),
-		regular("bin/app", randomBytes(1, 3<<20)),
-	)
-	top := makeTar(t, regular("etc/.wh.old", nil), regular("etc/new", []byte("new\n")))
-	return writeFile(t, "image.tar", dockerSave(t, base, top))
+	return writeFile(t, "image.tar", dockerSave(t, makeTar(t, regular("etc/motd", []byte("hello\n")), regular("bin/app", randomBytes(1, 3<<20)))))
 }
 
 func params(t testing.TB, image string) RootParams {
 	return RootParams{
-		Out: filepath.Join(t.TempDir(), "crypt_root.qcow2"), Size: 300 << 20, Passphrase: testPassphrase, Archive: image,
+		Out: filepath.Join(t.TempDir(), "crypt_root.qcow2"), Size: 200 << 20, Passphrase: testPassphrase, Archive: image,
 		Files: []File{
 			{Path: "/bin/agent", Mode: 0o100755, Data: randomBytes(9, 100000)},
 			{Path: "/etc/hosts", Mode: 0o120777, Link: "/run/coffer/hosts"},
@@ -127,9 +129,9 @@ func params(t testing.TB, image string) RootParams {
 	}
 }
 
-// payload decrypts crypt_root with tools of others: qemu-img reads the image,
+// decrypt decrypts crypt_root with tools of others: qemu-img reads the image,
 // cryptsetup gives the volume key.
-func decrypt(t testing.TB, drive string) string {
+func decrypt(t testing.TB, drive string, root *Root) string {
 	t.Helper()
 	qemu, cryptsetup := testenv.LookTool(t, "qemu-img"), testenv.LookTool(t, "cryptsetup")
 	dir := t.TempDir()
@@ -151,7 +153,10 @@ func decrypt(t testing.TB, drive string) string {
 	if err != nil {
 		t.Fatal(err)
 	}
-	b = b[luks2.DataOffset:]
+	if got := digestOf(b[:root.DataOffset]); got != root.HeaderSHA256 {
+		t.Errorf("header of SHA-256 %s, Root says %s", got, root.HeaderSHA256)
+	}
+	b = b[root.DataOffset:]
 	c.Decrypt(b, 0, luks2.SectorSize)
 	payload := filepath.Join(dir, "payload")
 	if err := os.WriteFile(payload, b, 0o600); err != nil {
@@ -169,8 +174,17 @@ func output(t testing.TB, name string, args ...string) string {
 	return string(out)
 }
 
+// Every part of crypt_root is read by a tool of others, from the qcow2 file down
+// to the files of a layer.
 func TestBuildRoot(t *testing.T) {
-	p := params(t, smallImage(t))
+	base := makeTar(t,
+		tarMember{tar.Header{Name: "etc/", Typeflag: tar.TypeDir, Mode: 0o755}, nil},
+		regular("etc/motd", []byte("hello\n")),
+		regular("etc/old", []byte("old\n")),
+		regular("bin/app", randomBytes(1, 3<<20)),
+	)
+	top := makeTar(t, regular("etc/.wh.old", nil), regular("etc/new", []byte("new\n")))
+	p := params(t, writeFile(t, "image.tar", dockerSave(t, base, top)))
 	root, err := BuildRoot(t.Context(), p)
 	if err != nil {
 		t.Fatal(err)
@@ -178,26 +192,205 @@ func TestBuildRoot(t *testing.T) {
 	if out := output(t, testenv.LookTool(t, "qemu-img"), "check", p.Out); !strings.Contains(out, "No errors were found") {
 		t.Errorf("qemu-img check: %s", out)
 	}
-	payload := decrypt(t, p.Out)
+	if st, err := os.Stat(p.Out); err != nil || st.Mode() != 0o644 || st.Sys().(*syscall.Stat_t).Blocks*512 > 16<<20 {
+		t.Errorf("the drive is %v, not sparse or not readable", st)
+	}
+	payload := decrypt(t, p.Out, root)
+	if st, _ := os.Stat(payload); st.Size() != root.PayloadSize || root.PayloadSize != p.Size-root.DataOffset {
+		t.Errorf("payload of %d bytes, Root says %d", st.Size(), root.PayloadSize)
+	}
 
 	output(t, testenv.LookTool(t, "veritysetup"), "verify", payload, payload, root.Verity.RootHash,
 		"--hash-offset", strconv.FormatInt((root.Verity.HashStartBlock-1)*4096, 10))
+	if root.Verity.DataBlocks*4096 != root.EROFSSize {
+		t.Errorf("verity covers %d blocks of %d bytes", root.Verity.DataBlocks, root.EROFSSize)
+	}
+	fsck := filepath.Join(t.TempDir(), "root.erofs")
+	cut(t, payload, fsck, 0, root.EROFSSize)
+	output(t, testenv.LookTool(t, "fsck.erofs"), fsck)
 
-	erofs := filepath.Join(t.TempDir(), "root.erofs")
-	cut(t, payload, erofs, 0, root.EROFSSize)
-	output(t, testenv.LookTool(t, "fsck.erofs"), erofs)
+	scratch := filepath.Join(t.TempDir(), "scratch")
+	cut(t, payload, scratch, root.Scratch.Offset, root.Scratch.Size)
+	output(t, testenv.LookTool(t, "e2fsck"), "-fn", scratch)
 
-	ext4 := filepath.Join(t.TempDir(), "scratch")
-	cut(t, payload, ext4, root.Scratch.Offset, root.Scratch.Size)
-	output(t, testenv.LookTool(t, "e2fsck"), "-fn", ext4)
+	im := root.Image
+	if im.Name != "docker.io/library/app:1" || !slices.Equal(im.DiffIDs, []string{"sha256:" + digestOf(base), "sha256:" + digestOf(top)}) {
+		t.Errorf("image %+v", im)
+	}
 
 	testenv.Root(t)
-	dir := mountImage(t, erofs, "erofs", "ro")
-	tree(t, dir)
+	dir := mountImage(t, fsck, "erofs", "ro")
+	if got, _ := os.ReadFile(filepath.Join(dir, "bin/agent")); !bytes.Equal(got, p.Files[0].Data) {
+		t.Error("/bin/agent has other contents")
+	}
+	if st, err := os.Lstat(filepath.Join(dir, "bin/agent")); err != nil || st.Mode() != 0o755 || !st.ModTime().Equal(testTime) || st.Sys().(*syscall.Stat_t).Uid != 0 {
+		t.Errorf("/bin/agent: %v, %v", st, err)
+	}
+	if got, _ := os.Readlink(filepath.Join(dir, "etc/hosts")); got != "/run/coffer/hosts" {
+		t.Errorf("/etc/hosts -> %q", got)
+	}
+	if st, err := os.Stat(filepath.Join(dir, "proc")); err != nil || st.Mode() != 0o555|os.ModeDir {
+		t.Errorf("/proc: %v, %v", st, err)
+	}
+	var layers []string
+	for _, id := range slices.Backward(im.DiffIDs) {
+		hash := strings.TrimPrefix(id, "sha256:")
+		blob := filepath.Join(t.TempDir(), "blob")
+		b, err := os.ReadFile(filepath.Join(dir, "image/layers/sha256", hash[:2], hash+".erofs"))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.WriteFile(blob, b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		layers = append(layers, mountImage(t, blob, "erofs", "ro"))
+	}
+	merged := mountImage(t, "overlay", "overlay", "ro,lowerdir="+strings.Join(layers, ":"))
+	for name, want := range map[string][]byte{"etc/motd": []byte("hello\n"), "etc/new": []byte("new\n"), "bin/app": randomBytes(1, 3<<20)} {
+		if got, err := os.ReadFile(filepath.Join(merged, name)); err != nil || !bytes.Equal(got, want) {
+			t.Errorf("%s in the container: %v, or other contents", name, err)
+		}
+	}
+	if _, err := os.Stat(filepath.Join(merged, "etc/old")); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("the removed file is there: %v", err)
+	}
+
+	rw := mountImage(t, scratch, "ext4", "loop,nosuid,nodev,noatime,noinit_itable")
+	for i := range 200 {
+		if err := os.WriteFile(filepath.Join(rw, strconv.Itoa(i)), randomBytes(byte(i), 50000), 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	output(t, "umount", rw)
+	output(t, testenv.LookTool(t, "e2fsck"), "-fn", scratch)
 }
 
-func tree(t testing.TB, dir string) {
-	t.Log(output(t, "find", dir, "-ls"))
+func TestSameInputSameBytes(t *testing.T) {
+	build := func(seed byte) []byte {
+		p := params(t, smallImage(t))
+		p.Rand = seeded(seed)
+		if _, err := BuildRoot(t.Context(), p); err != nil {
+			t.Fatal(err)
+		}
+		b, err := os.ReadFile(p.Out)
+		if err != nil {
+			t.Fatal(err)
+		}
+		return b
+	}
+	one := build(7)
+	if !bytes.Equal(one, build(7)) {
+		t.Error("the same randomness gives another drive")
+	}
+	if bytes.Equal(one, build(8)) {
+		t.Error("other randomness gives the same drive")
+	}
+	for _, secret := range [][]byte{testPassphrase[:16], []byte("layer.tar"), []byte("hello\n"), randomBytes(1, 32)} {
+		if bytes.Contains(one, secret) {
+			t.Errorf("%q stands in the drive in the clear", secret)
+		}
+	}
+}
+
+// The verity root hash of a known root: what a guest measures must not change
+// unnoticed. It holds the EROFS and nothing that e2fsprogs makes.
+func TestGoldenRootHash(t *testing.T) {
+	root, err := BuildRoot(t.Context(), params(t, smallImage(t)))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if root.Verity.RootHash != "e37cd4ace62a5a9536bdb3d01ac53a8840a5eb21351ba973adf0cc568e51b53e" ||
+		root.HeaderSHA256 != "7874eca2962e4b4de8f493de110dacd88747acc4585e19aed27e259ff31551d4" {
+		t.Errorf("root hash %s, header %s", root.Verity.RootHash, root.HeaderSHA256)
+	}
+}
+
+// The size that the error asks for is enough, and a byte less is not.
+func TestTooSmall(t *testing.T) {
+	image := smallImage(t)
+	p := params(t, image)
+	p.Size = 66 << 20 // the writable part fits, the image does not
+	_, err := BuildRoot(t.Context(), p)
+	if !errors.Is(err, ErrTooSmall) {
+		t.Fatalf("error %v", err)
+	}
+	nothingLeft(t, p.Out)
+	m := regexp.MustCompile(`at least (\d+) `).FindStringSubmatch(err.Error())
+	if m == nil {
+		t.Fatalf("error %v names no size", err)
+	}
+	need, _ := strconv.ParseInt(m[1], 10, 64)
+	for size, want := range map[int64]error{need: nil, need - 1<<20: ErrTooSmall} {
+		p := params(t, image)
+		p.Size = size
+		if _, err := BuildRoot(t.Context(), p); !errors.Is(err, want) {
+			t.Errorf("with %d bytes: %v", size, err)
+		}
+	}
+	p.Size = 1 << 20
+	if _, err := BuildRoot(t.Context(), p); !errors.Is(err, ErrTooSmall) {
+		t.Errorf("with no room for the writable part: %v", err)
+	}
+}
+
+func TestBuildRootErrors(t *testing.T) {
+	good := dockerSave(t, makeTar(t, regular("f", randomBytes(1, 3<<20))))
+	for name, c := range map[string]struct {
+		archive []byte
+		change  func(*RootParams)
+		want    error
+		words   string
+	}{
+		"truncated":     {gzipped(t, good)[:1<<20], nil, archive.ErrTruncated, "image.tar"},
+		"no archive":    {[]byte("hello"), nil, archive.ErrNotArchive, "docker save"},
+		"escape":        {dockerSave(t, makeTar(t, regular("../../etc/passwd", nil))), nil, erofs.ErrBadName, `"../../etc/passwd"`},
+		"no image":      {good, func(p *RootParams) { p.ImageRef = "other" }, archive.ErrNoImage, "app:1"},
+		"missing file":  {good, func(p *RootParams) { p.Files[0] = File{Path: "/bin/agent", Mode: 0o100755, Source: "/no/such"} }, fs.ErrNotExist, "/bin/agent"},
+		"odd file":      {good, func(p *RootParams) { p.Files[0].Mode = 0o140755 }, erofs.ErrBadEntry, "/bin/agent"},
+		"source folder": {good, func(p *RootParams) { p.Files[0].Source = "/etc" }, ErrBadFile, "/etc"},
+		"no randomness": {good, func(p *RootParams) { p.Rand = bytes.NewReader(nil) }, io.EOF, "randomness"},
+		"no place":      {good, func(p *RootParams) { p.Out = "/no/such/drive" }, fs.ErrNotExist, "/no/such/drive"},
+		"bomb":          {gzipped(t, dockerSave(t, makeTar(t, regular("zeros", make([]byte, 80<<20))))), func(p *RootParams) { p.Size = 70 << 20 }, ErrTooSmall, "raise root_drive_size"},
+	} {
+		t.Run(name, func(t *testing.T) {
+			p := params(t, writeFile(t, "image.tar", c.archive))
+			if c.change != nil {
+				c.change(&p)
+			}
+			_, err := BuildRoot(t.Context(), p)
+			if !errors.Is(err, c.want) || !strings.Contains(err.Error(), c.words) || !strings.Contains(err.Error(), p.Out) {
+				t.Errorf("error %v, want %v with %q", err, c.want, c.words)
+			}
+			nothingLeft(t, p.Out)
+		})
+	}
+}
+
+func TestCancel(t *testing.T) {
+	ctx, cancel := context.WithCancel(t.Context())
+	p := params(t, smallImage(t))
+	p.Progress = func(stage string, done, total int64) { cancel() }
+	if _, err := BuildRoot(ctx, p); !errors.Is(err, context.Canceled) {
+		t.Errorf("error %v", err)
+	}
+	nothingLeft(t, p.Out)
+}
+
+// A build host's full disk is told apart from a drive that is too small.
+func TestNoSpace(t *testing.T) {
+	testenv.Root(t)
+	dir := mountImage(t, "none", "tmpfs", "size=8m")
+	p := params(t, writeFile(t, "image.tar", dockerSave(t, makeTar(t, regular("f", randomBytes(1, 20<<20))))))
+	p.Out = filepath.Join(dir, "crypt_root.qcow2")
+	if _, err := BuildRoot(t.Context(), p); !errors.Is(err, ErrNoSpace) || !strings.Contains(err.Error(), dir) {
+		t.Errorf("error %v", err)
+	}
+	nothingLeft(t, p.Out)
+	d := DriveParams{Out: filepath.Join(dir, "user_data.qcow2"), Size: 100 << 20, Time: testTime, Files: []File{{Path: "/f", Mode: 0o100644, Data: randomBytes(1, 20<<20)}}}
+	if err := BuildDrive(t.Context(), d); !errors.Is(err, ErrNoSpace) {
+		t.Errorf("error %v", err)
+	}
+	nothingLeft(t, d.Out)
 }
 
 func cut(t testing.TB, from, to string, off, n int64) {

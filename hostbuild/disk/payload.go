@@ -155,11 +155,13 @@ func (p *payload) send(c piece) error {
 	return p.failed
 }
 
-// close ends the goroutine, after which everything is written that fits. It
-// gives the error that ended the writing, if there was one.
-func (p *payload) close() error {
+// close ends the goroutine. Without err, all that fits is written then, and the
+// error is the one that ended the writing, if there was one. With err, what is
+// left is dropped.
+func (p *payload) close(err error) error {
+	p.failed = cmp.Or(p.failed, err)
 	p.flush()
 	close(p.full)
 	p.done.Wait()
-	return cmp.Or(p.failed, p.err)
+	return cmp.Or(err, p.failed, p.err)
 }

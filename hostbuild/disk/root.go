@@ -113,10 +113,7 @@ func buildRoot(ctx context.Context, p RootParams, out *os.File) (*Root, error) {
 	s := &sealer{drive: drive, cipher: cipher, size: p.Size - luks2.DataOffset}
 	b := &rootBuilder{p: p, out: newPayload(s, salt, leaves), tree: erofs.New(blockSize, p.Time)}
 	image, err := b.build(ctx)
-	if closeErr := b.out.close(); err == nil {
-		err = closeErr
-	}
-	if err != nil {
+	if err := b.out.close(err); err != nil {
 		return nil, err
 	}
 

@@ -73,14 +73,12 @@ func (s *Server) Handler() http.Handler { return http.HandlerFunc(s.serve) }
 func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 	start := time.Now()
 	s.metrics.add("http_requests_total")
+	defer s.inFlight.Add(-1)
 	c := &call{Request: r}
-	var out reply
-	if s.inFlight.Add(1) > maxInFlight {
-		out = reply{status: http.StatusServiceUnavailable}
-	} else {
+	out := reply{status: http.StatusServiceUnavailable}
+	if s.inFlight.Add(1) <= maxInFlight {
 		out = s.route(w, c)
 	}
-	s.inFlight.Add(-1)
 	s.audit(c, time.Since(start))
 	clear(c.body)
 

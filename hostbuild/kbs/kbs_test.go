@@ -118,7 +118,7 @@ func newRig(t testing.TB, o Options) *rig {
 	}
 	pool := x509.NewCertPool()
 	pool.AppendCertsFromPEM(ca)
-	r.client = &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: pool}}, Timeout: 30 * time.Second}
+	r.client = &http.Client{Transport: &http.Transport{TLSClientConfig: &tls.Config{RootCAs: pool}, ExpectContinueTimeout: 10 * time.Second}, Timeout: 30 * time.Second}
 	t.Cleanup(func() {
 		r.client.CloseIdleConnections()
 		cancel()
@@ -874,6 +874,41 @@ func TestInitAndNew(t *testing.T) {
 	}
 }
 
+// TestSignerWithLeadingZero: older Trustee refuses every token of such a key.
+func TestSignerWithLeadingZero(t *testing.T) {
+	dir := filepath.Join(t.TempDir(), "kbs")
+	if err := Init(dir, Options{Hosts: []string{"127.0.0.1"}}); err != nil {
+		t.Fatal(err)
+	}
+	var key *ecdsa.PrivateKey
+	for {
+		var err error
+		if key, err = ecdsa.GenerateKey(elliptic.P256(), rand.Reader); err != nil {
+			t.Fatal(err)
+		}
+		if x, y, _ := coordinates(&key.PublicKey); x[0] == 0 || y[0] == 0 {
+			break
+		}
+	}
+	cert := &x509.Certificate{SerialNumber: big.NewInt(1), NotAfter: time.Now().Add(time.Hour)}
+	der, err := x509.CreateCertificate(rand.Reader, cert, cert, key.Public(), key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	keyPEM, err := privatePEM(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for name, b := range map[string][]byte{tokenKeyFile: keyPEM, tokenCertFile: pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: der})} {
+		if err := os.WriteFile(filepath.Join(dir, name), b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+	}
+	if _, err := New(Options{Dir: dir}); err == nil || !strings.Contains(err.Error(), "zero byte") {
+		t.Errorf("New: %v, want the zero byte named", err)
+	}
+}
+
 func TestSessionsAreBounded(t *testing.T) {
 	c := new(clock)
 	ss := newSessions(c.now)
@@ -930,4 +965,175 @@ func rsaJWK(t testing.TB) map[string]string {
 	t.Helper()
 	k := rsaKey(t)
 	return map[string]string{"kty": "RSA", "alg": algRSA, "n": b64.EncodeToString(k.N.Bytes()), "e": b64.EncodeToString(big.NewInt(int64(k.E)).Bytes())}
+}
+
+func TestParallelAttests(t *testing.T) {
+	r := ready(t, DialectH)
+	g := r.guest("sample").auth()
+	body := g.attestBody(sampleEvidence(g.digest()), "")
+	tokens := make([]string, 8)
+	var wg sync.WaitGroup
+	for i := range tokens {
+		wg.Go(func() {
+			req, _ := http.NewRequest("POST", r.url+"/kbs/v0/attest", bytes.NewReader(body))
+			req.Header.Set("Cookie", g.cookie)
+			resp, err := r.client.Do(req)
+			if err != nil {
+				t.Error(err)
+				return
+			}
+			defer resp.Body.Close()
+			b, _ := io.ReadAll(resp.Body)
+			tokens[i] = string(b)
+		})
+	}
+	wg.Wait()
+	if !strings.HasPrefix(tokens[0], `{"token":"`) || len(slices.Compact(tokens)) != 1 {
+		t.Errorf("different answers: %.80s", tokens)
+	}
+}
+
+// TestStop: the end of the context lets a request in progress finish.
+func TestStop(t *testing.T) {
+	r := newRig(t, Options{AllowSimulated: true})
+	ln, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	served := make(chan error, 1)
+	go func() { served <- r.server.Serve(ctx, ln) }()
+	pr, pw := io.Pipe()
+	status := make(chan int, 1)
+	go func() {
+		req, _ := http.NewRequest("POST", "https://"+ln.Addr().String()+"/kbs/v0/auth", pr)
+		req.Header.Set("Expect", "100-continue") // the body begins when the server reads it
+		resp, err := r.client.Do(req)
+		if err != nil {
+			t.Error(err)
+			status <- 0
+			return
+		}
+		resp.Body.Close()
+		status <- resp.StatusCode
+	}()
+	fmt.Fprint(pw, `{"version":"0.4.0","tee":"snp",`)
+	cancel()
+	fmt.Fprint(pw, `"extra-params":""}`)
+	pw.Close()
+	if got := <-status; got != 200 {
+		t.Errorf("request in progress: %d", got)
+	}
+	if err := <-served; err != nil {
+		t.Error(err)
+	}
+	if _, err := net.Dial("tcp", ln.Addr().String()); err == nil {
+		t.Error("the listener is still open")
+	}
+	// A listener that fails is an error.
+	if err := r.server.Serve(context.Background(), ln); err == nil {
+		t.Error("serving a closed listener is no error")
+	}
+}
+
+func TestLogIsBounded(t *testing.T) {
+	r := newRig(t, Options{})
+	r.do("GET", "/kbs/v0/resource/"+strings.Repeat("x", 50000)+"%0a{}", nil)
+	if l := r.log.last(t); len(fmt.Sprint(l["path"])) > 600 || l["reason"] == nil {
+		t.Errorf("audit line %v", l)
+	}
+	if strings.Count(r.log.String(), "\n") != 2 { // serving, denied
+		t.Errorf("lines: %s", r.log)
+	}
+}
+
+func FuzzAuth(f *testing.F) {
+	f.Add([]byte(`{"version":"0.4.0","tee":"snp","extra-params":""}`))
+	f.Add([]byte(`{"version":"0.4.0+a-b","tee":"sample","extra-params":{"a":[1]}} `))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if tee, err := parseAuth(b, DialectT); err == nil && (tee == "" || !json.Valid(b)) {
+			t.Errorf("accepted: %q", b)
+		}
+	})
+}
+
+func FuzzAttestation(f *testing.F) {
+	raw, err := os.ReadFile(filepath.Join("testdata", "vectors.json"))
+	if err != nil {
+		f.Fatal(err)
+	}
+	var v struct {
+		P struct {
+			Body json.RawMessage `json:"sample_attest_body"`
+		} `json:"primary_no_devices"`
+	}
+	if err := json.Unmarshal(raw, &v); err != nil {
+		f.Fatal(err)
+	}
+	f.Add([]byte(v.P.Body))
+	f.Add([]byte(`{"runtime-data":{"nonce":"\u0000","tee-pubkey":{"kty":"RSA","alg":"","n":"","e":""}},"tee-evidence":{"primary_evidence":null,"additional_evidence":""}}`))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		a, err := parseAttestation(b)
+		if err != nil {
+			return
+		}
+		bd, err := a.parse()
+		if err != nil {
+			return
+		}
+		bd.digest()
+		if !json.Valid([]byte(canonical(bd.nonce))) {
+			t.Errorf("canonical form of %q is no JSON", bd.nonce)
+		}
+		k := teeKey{KTY: bd.key["kty"], ALG: bd.key["alg"], CRV: bd.key["crv"], X: bd.key["x"], Y: bd.key["y"], N: bd.key["n"], E: bd.key["e"]}
+		if out, err := k.encrypt([]byte("x")); err == nil && !json.Valid(out) {
+			t.Errorf("sealed to %v: %s", k, out)
+		}
+	})
+}
+
+func FuzzAdminToken(f *testing.F) {
+	pub, key, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		f.Fatal(err)
+	}
+	good := adminToken(f, jose.EdDSA, key, map[string]any{"exp": 1, "role": "admin"})
+	f.Add("Bearer " + good)
+	f.Add("Bearer a.b.c")
+	f.Fuzz(func(t *testing.T, header string) {
+		// No one but the key's holder makes a token that counts; the seed's has expired.
+		if err := (adminVerifier{pub}).check(header, DialectT, time.Now()); err == nil {
+			t.Errorf("accepted: %q", header)
+		}
+	})
+}
+
+func FuzzBearerToken(f *testing.F) {
+	key, err := newP256()
+	if err != nil {
+		f.Fatal(err)
+	}
+	s := &signer{key: key, dialect: DialectT, header: b64.EncodeToString([]byte(`{"alg":"ES256"}`))}
+	tok, err := s.issue(map[string]any{}, appraisal{}, false, time.Unix(0, 0))
+	if err != nil {
+		f.Fatal(err)
+	}
+	f.Add(tok)
+	f.Add("..")
+	f.Fuzz(func(t *testing.T, tok string) {
+		if _, err := s.verify(tok, time.Now()); err == nil {
+			t.Errorf("accepted: %q", tok)
+		}
+	})
+}
+
+func FuzzReferences(f *testing.F) {
+	f.Add([]byte(`{"version":"0.1.0","type":"sample","payload":"eyJzdm4iOlsiMSJdfQ=="}`))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if values, err := parseReferences(b); err == nil {
+			for name := range values {
+				matches(values, name, "x")
+			}
+		}
+	})
 }

@@ -9,6 +9,7 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -129,10 +130,9 @@ func (f *Folder) Update(ctx context.Context, edit func(*Rules) error, apply func
 	if len(next) > maxSize {
 		return fmt.Errorf("policy %s would be larger than %d bytes, more than a KBS takes", f.Path(), maxSize)
 	}
-	for _, fd := range Check(next) {
-		if fd.Level == Error {
-			return &CheckError{Path: f.Path(), Findings: Check(next)}
-		}
+	findings := Check(next)
+	if slices.ContainsFunc(findings, func(fd Finding) bool { return fd.Level == Error }) {
+		return &CheckError{Path: f.Path(), Findings: findings}
 	}
 	tmp, err := f.stage(next)
 	if err != nil {

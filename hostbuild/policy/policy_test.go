@@ -271,6 +271,22 @@ func TestCheck(t *testing.T) {
 	}
 }
 
+// TestCheckWordBehindAllow: old Trustee reads any word behind `allow` as it
+// reads an `if` that it does not know: as the end of the fact `allow`.
+func TestCheckWordBehindAllow(t *testing.T) {
+	for _, text := range []string{
+		"package policy\nallow when { false }\n",
+		"package policy\nallow unless x { false }\n",
+		"package policy\nimport future.keywords.if\nallow iff { false }\n",
+		"package policy\ndefault allow = false\nallow\n",
+		"package policy\nimport rego.v1\ndefault allow = false\nallow\n",
+	} {
+		if f := Check([]byte(text)); len(f) == 0 || f[0].Level != Error {
+			t.Errorf("%q: findings %v, want an error", text, f)
+		}
+	}
+}
+
 func matches(s, want string) bool {
 	parts := strings.SplitN(want, " ", 3)
 	if !strings.HasPrefix(s, parts[0]+" "+parts[1]) {

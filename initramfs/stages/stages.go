@@ -147,7 +147,7 @@ func (g *guest) config(context.Context) error {
 	if id != g.cfg.CVMID {
 		return fmt.Errorf("kernel command line: vm_id is %q, this initrd is of %s", id, g.cfg.CVMID)
 	}
-	g.log.Printf("coffer: cvm_id=%s platform=%s tee=%s kbs=%s", g.cfg.CVMID, g.cfg.Platform, g.cfg.TEE, g.cfg.KBS.URL)
+	g.log.Printf("coffer: cvm_id=%s tee=%s kbs=%s", g.cfg.CVMID, g.cfg.TEE, g.cfg.KBS.URL)
 
 	// The host sets the clock; it cannot be earlier than the guest was built.
 	floor := time.Unix(g.cfg.BuildTime, 0)

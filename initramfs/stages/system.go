@@ -17,6 +17,7 @@ import (
 	"github.com/u-root/u-root/pkg/mount"
 	"golang.org/x/sys/unix"
 
+	"coffer/internal/boot"
 	"coffer/internal/evidence"
 	"coffer/internal/firewall"
 	"coffer/internal/guestconfig"
@@ -45,7 +46,7 @@ func System() Deps {
 		MountRoot:  mountRoot,
 		Linear:     linear,
 		SwitchRoot: switchRoot,
-		PowerOff:   powerOff,
+		PowerOff:   boot.PowerOff,
 	}
 }
 
@@ -251,19 +252,4 @@ func linear(name, dev string, offset, size int64) (string, error) {
 func switchRoot(program string) error {
 	log.SetOutput(io.Discard) // u-root tells each step
 	return mount.SwitchRoot(newRoot, program)
-}
-
-// powerOff gives the console five seconds, then pulls the plug.
-func powerOff() {
-	flushed := make(chan struct{})
-	go func() {
-		_ = unix.IoctlSetInt(int(os.Stdout.Fd()), unix.TCSBRK, 1) // tcdrain
-		unix.Sync()
-		close(flushed)
-	}()
-	select {
-	case <-flushed:
-	case <-time.After(5 * time.Second):
-	}
-	_ = unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF)
 }

@@ -94,7 +94,8 @@ type bench struct {
 	archive  string
 	runs     int
 
-	bundle *harness.Bundle // of the last build
+	bundle  *harness.Bundle // of the last build
+	idleRSS float64         // KiB
 }
 
 func median(s []float64) float64 {
@@ -177,11 +178,13 @@ func (b *bench) boot(ctx context.Context) error {
 		if err != nil {
 			return fmt.Errorf("QEMU: %w", err)
 		}
-		t, err := seconds(string(out), "idle init t=")
-		if err != nil {
-			return err
+		var t, rss float64
+		_, idleLine, _ := strings.Cut(string(out), "idle init ")
+		if _, err := fmt.Sscanf(idleLine, "t=%f rss_kib=%f", &t, &rss); err != nil {
+			return fmt.Errorf("the idle init printed no figures: %w\n%s", err, out)
 		}
 		floors = append(floors, t)
+		b.idleRSS = rss
 
 		vm, err := b.bundle.Boot("--forward", "127.0.0.1:0:"+strconv.Itoa(debimage.Port))
 		if err != nil {
@@ -197,15 +200,17 @@ func (b *bench) boot(ctx context.Context) error {
 		if err != nil {
 			return err
 		}
-		if t, err = strconv.ParseFloat(m[1], 64); err != nil {
+		first, err := strconv.ParseFloat(m[1], 64)
+		if err != nil {
 			return err
 		}
-		boots = append(boots, t)
+		boots = append(boots, first)
 	}
 	figure("boot_to_workload", median(boots), "s", median(floors))
 	return b.memory(ctx)
 }
 
+// memory compares with the idle init, a static Go program that does nothing.
 func (b *bench) memory(ctx context.Context) error {
 	out, err := b.env.Run(ctx, "hostbuild", "drive", "cat", b.bundle.File(bundle.Applog), "/attestation.jsonl")
 	if err != nil {
@@ -219,8 +224,7 @@ func (b *bench) memory(ctx context.Context) error {
 		return err
 	}
 	for _, name := range []string{"agent", "containerd", "shim"} {
-		floor := 1e3 // a megabyte: what a process that does nothing needs
-		figure("rss_"+name, round.RSS[name]/1e3, "MB", floor/1e3)
+		figure("rss_"+name, round.RSS[name]/1024, "MiB", b.idleRSS/1024)
 	}
 	return nil
 }
@@ -238,7 +242,7 @@ func (b *bench) idleInitrd() (string, error) {
 	defer f.Close()
 	w := cpio.Newc.Writer(f)
 	for _, r := range []cpio.Record{
-		cpio.Directory("dev", 0o755), cpio.CharDev("dev/console", 0o600, 5, 1),
+		cpio.Directory("dev", 0o755), cpio.Directory("proc", 0o755), cpio.CharDev("dev/console", 0o600, 5, 1),
 		cpio.StaticRecord(program, cpio.Info{Name: "init", Mode: cpio.S_IFREG | 0o755}),
 	} {
 		if err := w.WriteRecord(r); err != nil {
@@ -246,13 +250,4 @@ func (b *bench) idleInitrd() (string, error) {
 		}
 	}
 	return path, cpio.WriteTrailer(w)
-}
-
-func seconds(text, prefix string) (float64, error) {
-	_, rest, ok := strings.Cut(text, prefix)
-	if !ok {
-		return 0, fmt.Errorf("no %q in:\n%s", prefix, text)
-	}
-	word, _, _ := strings.Cut(rest, "\n")
-	return strconv.ParseFloat(strings.TrimSpace(word), 64)
 }

@@ -188,14 +188,14 @@ func (t *Tree) check(e Entry) error {
 func (t *Tree) Link(path, target string) error {
 	dir, name, err := t.parent(target, false)
 	if err != nil {
-		return fmt.Errorf("hard link to %q: %w", target, err)
+		return fmt.Errorf("hard link to %.200q: %w", target, err)
 	}
 	var n *inode
 	if dir != nil {
 		n = dir.more.children[name]
 	}
 	if n == nil || n.is(TypeDir) || n.whiteout() {
-		return fmt.Errorf("%w: hard link to %q, which is no earlier file of the same layer", ErrBadEntry, target)
+		return fmt.Errorf("%w: hard link to %.200q, which is no earlier file of the same layer", ErrBadEntry, target)
 	}
 	dir, name, err = t.parent(path, true)
 	if err != nil {
@@ -244,7 +244,7 @@ func (t *Tree) hide(path string) error {
 		}
 	}
 	if !n.is(TypeDir) {
-		return fmt.Errorf("%w: an opaque mark in %q, which is not a directory", ErrBadEntry, path)
+		return fmt.Errorf("%w: an opaque mark in %.200q, which is not a directory", ErrBadEntry, path)
 	}
 	n.more.opaque = true
 	return nil

@@ -46,22 +46,22 @@ func (t *Tree) AddTar(r io.Reader, base int64, copies io.Writer) (size int64, er
 		}
 		n, err := t.addMember(h, base+in.n)
 		if err != nil {
-			return in.n, fmt.Errorf("entry %q: %w", h.Name, err)
+			return in.n, fmt.Errorf("entry %.200q: %w", h.Name, err)
 		}
 		if n == nil || !n.is(TypeRegular) || !sparse(h) {
 			continue
 		}
 		if h.Size > MaxCopied-copyEnd {
-			return in.n, fmt.Errorf("entry %q: %w: sparse members of more than %d bytes", h.Name, ErrLimit, int64(MaxCopied))
+			return in.n, fmt.Errorf("entry %.200q: %w: sparse members of more than %d bytes", h.Name, ErrLimit, int64(MaxCopied))
 		}
 		if _, err := io.Copy(copies, tr); err != nil {
-			return in.n, fmt.Errorf("entry %q: copy: %w", h.Name, err)
+			return in.n, fmt.Errorf("entry %.200q: copy: %w", h.Name, err)
 		}
 		n.start = copyEnd
 		copied = append(copied, n)
 		copyEnd += h.Size
 		if _, err := copies.Write(make([]byte, -copyEnd&(1<<t.bits-1))); err != nil {
-			return in.n, fmt.Errorf("entry %q: copy: %w", h.Name, err)
+			return in.n, fmt.Errorf("entry %.200q: copy: %w", h.Name, err)
 		}
 		copyEnd = roundUp(copyEnd, 1<<t.bits)
 	}

@@ -1,0 +1,396 @@
+package agent_test
+
+import (
+	"context"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"slices"
+	"strings"
+	"sync"
+	"testing"
+	"time"
+
+	"coffer/agent"
+	"coffer/agent/agenttest"
+	"coffer/agent/applog"
+	"coffer/agent/drives"
+	"coffer/agent/workload"
+	"coffer/internal/boot"
+	"coffer/internal/evidence"
+	"coffer/internal/firewall"
+	"coffer/internal/guestconfig"
+	"coffer/internal/netup"
+	"coffer/internal/testenv"
+	"coffer/kbsclient"
+)
+
+// guest is an agent on a machine whose kernel parts are fakes; containerd, its
+// container and the logs are real.
+type guest struct {
+	t       *testing.T
+	deps    agent.Deps
+	cfg     guestconfig.Config
+	dir     string
+	console *agenttest.Buffer
+	stop    chan string
+	kbs     *fakeKBS
+
+	mu    sync.Mutex
+	rules []firewall.Rules
+	off   chan struct{}
+}
+
+type fakeSource struct{}
+
+func (fakeSource) TEE() string     { return "sample" }
+func (fakeSource) Simulated() bool { return true }
+func (fakeSource) Report(context.Context, [64]byte, int) ([]byte, []byte, error) {
+	return nil, nil, evidence.ErrNoReport
+}
+func (fakeSource) Evidence(context.Context, [48]byte) (json.RawMessage, error) {
+	return json.RawMessage(`{}`), nil
+}
+
+// fakeKBS answers each round by the verdict of its number; the last one holds on.
+type fakeKBS struct {
+	mu       sync.Mutex
+	verdicts []error
+	rounds   int
+	dial     agent.Dial
+}
+
+func (k *fakeKBS) Canary(ctx context.Context, a kbsclient.Attester, path string) error {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if path != "keys/canary/cvm_0123456789ab" {
+		return fmt.Errorf("asked for %s", path)
+	}
+	if _, err := a.Evidence(ctx, [48]byte{}); err != nil {
+		return err
+	}
+	i := min(k.rounds, len(k.verdicts)-1)
+	k.rounds++
+	if i < 0 {
+		return nil
+	}
+	return k.verdicts[i]
+}
+
+var errDenied = &kbsclient.Error{Status: 401, Type: "PolicyDeny", Detail: "Access denied by policy", Op: "resource"}
+
+// newGuest makes a guest that runs a shell script.
+func newGuest(t *testing.T, script string) *guest {
+	t.Helper()
+	testenv.Root(t)
+	src := agenttest.Image(t, `{"Entrypoint":["/bin/sh","-c"],"Env":["PATH=/bin"]}`)
+	g := configured(t, script, src)
+	g.deps.Paths.Bin = agenttest.Programs(t)
+	return g
+}
+
+// configured needs neither root nor containerd.
+func configured(t *testing.T, script string, src workload.ImageSource) *guest {
+	t.Helper()
+	dir := agenttest.Dir(t)
+	g := &guest{t: t, dir: dir, console: &agenttest.Buffer{}, stop: make(chan string, 1), kbs: &fakeKBS{}, off: make(chan struct{}, 8)}
+	for _, d := range []string{"run/coffer", "applog", "user_config", "user_data", "scratch"} {
+		if err := os.MkdirAll(filepath.Join(dir, d), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	p := agent.Paths{
+		Bin: "/nonexistent", Run: dir + "/run", Applog: dir + "/applog", UserConfig: dir + "/user_config", UserData: dir + "/user_data",
+		Scratch: dir + "/scratch", CgroupRoot: "/sys/fs/cgroup", ImageMeta: src.Meta, Layers: src.Layers,
+		ResolvConf: dir + "/run/coffer/resolv.conf", Hosts: dir + "/run/coffer/hosts",
+	}
+	for _, f := range []string{p.ResolvConf, p.Hosts} {
+		if err := os.WriteFile(f, []byte("# of the guest\n"), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	hex64 := strings.Repeat("ab", 32)
+	digest := src.Digest
+	if digest == "" {
+		digest = "sha256:" + hex64
+	}
+	g.cfg = guestconfig.Config{
+		Version: 1, CVMID: "cvm_0123456789ab", Platform: "simulated", TEE: "sample", BuildTime: 1,
+		KBS: guestconfig.KBS{URL: "https://kbs.example:8999", CA: "-----BEGIN CERTIFICATE-----", KeyPath: "keys/root/cvm_0123456789ab", CanaryPath: "keys/canary/cvm_0123456789ab"},
+		Disk: guestconfig.Disk{Serial: "crypt_root", HeaderSHA256: hex64, DataOffset: 16 << 20, PayloadSize: 1 << 30,
+			Verity:  guestconfig.Verity{RootHash: hex64, Salt: hex64, DataBlocks: 100, HashStartBlock: 101},
+			Scratch: guestconfig.Scratch{Offset: 1 << 20, Size: 1 << 20}},
+		Network: guestconfig.Network{Static: &guestconfig.Static{Address: "10.0.2.15/24", Gateway: "10.0.2.2"},
+			AllowedPorts: []guestconfig.Port{{Port: 8002, Proto: "tcp"}}, AllowedOutPorts: []guestconfig.Port{{Port: 443, Proto: "tcp"}}},
+		Attestation: guestconfig.Attestation{CheckFrequency: 1, MaxStaleness: 60, FailureAction: guestconfig.ActionStopJob},
+		Workload:    guestconfig.Workload{ImageName: "test", ImageDigest: digest, Args: []string{script}, PidsMax: 64, TmpMiB: 8},
+	}
+	g.deps = agent.Deps{
+		Paths: p,
+		Mount: func() error { return nil },
+		Handover: func() ([]byte, error) {
+			raw, err := g.cfg.Marshal()
+			if err != nil {
+				return nil, err
+			}
+			return json.Marshal(guestconfig.Handover{Config: raw, ScratchDevice: "/dev/dm-2", LaunchDigest: "d1ge57", Interface: "eth0",
+				DNS: []string{"10.0.2.3"}, BootLog: []string{"phase=mounts status=start t=0.10", "launch_digest=d1ge57"}})
+		},
+		Hostname: func(name string) error { return nil },
+		Firewall: func(r firewall.Rules) error {
+			g.mu.Lock()
+			defer g.mu.Unlock()
+			g.rules = append(g.rules, r)
+			return nil
+		},
+		Network: func(context.Context, *guestconfig.Static) (*netup.Network, error) { return nil, errors.New("static") },
+		Lookup: func(_ context.Context, host string) ([]netip.Addr, error) {
+			if host != "kbs.example" {
+				return nil, fmt.Errorf("no such host %s", host)
+			}
+			return []netip.Addr{netip.MustParseAddr("192.0.2.7")}, nil
+		},
+		Attach:     func(context.Context, drives.Mount) error { return nil },
+		Detach:     func(string) error { return nil },
+		Evidence:   func(string, string) (evidence.Source, error) { return fakeSource{}, nil },
+		KBS:        func(_ guestconfig.KBS, dial agent.Dial) (agent.KBS, error) { g.kbs.dial = dial; return g.kbs, nil },
+		StartChild: agenttest.StartChild,
+		Now:        func() func() time.Duration { b := time.Now(); return func() time.Duration { return time.Since(b) } }(),
+		Stop:       g.stop,
+		PowerOff:   func() { g.off <- struct{}{} },
+	}
+	t.Cleanup(func() {
+		if t.Failed() {
+			t.Logf("console:\n%s", g.console.String())
+			b, _ := os.ReadFile(dir + "/applog/containerd.log")
+			t.Logf("containerd:\n%s", b)
+		}
+		agenttest.RemoveCgroups("/coffer/workload")
+	})
+	return g
+}
+
+// start runs the agent beside the test.
+func (g *guest) start() <-chan struct{} {
+	g.t.Helper()
+	tee := applog.NewTee(g.console)
+	out := agent.Output{
+		Log:      boot.NewLog(tee, true, g.deps.Now),
+		Tee:      tee,
+		Workload: applog.NewAsync(g.console, 1<<20, applog.TextNotice),
+	}
+	ended := make(chan struct{})
+	go func() {
+		defer close(ended)
+		agent.Run(g.deps, out)
+	}()
+	g.t.Cleanup(func() {
+		select {
+		case g.stop <- "end of the test":
+		default:
+		}
+		<-ended
+	})
+	return ended
+}
+
+// end waits for the guest's end and returns the console's lines.
+func (g *guest) end(ended <-chan struct{}) []string {
+	g.t.Helper()
+	select {
+	case <-ended:
+	case <-time.After(time.Minute):
+		g.t.Fatal("the guest does not end")
+	}
+	select {
+	case <-g.off:
+	default:
+		g.t.Error("the power is still on")
+	}
+	return strings.Split(strings.TrimSpace(g.console.String()), "\n")
+}
+
+func (g *guest) last(lines []string, want string) {
+	g.t.Helper()
+	if got := lines[len(lines)-1]; !strings.HasPrefix(got, want) {
+		g.t.Errorf("last line is %q, want %q", got, want)
+	}
+}
+
+func (g *guest) file(name string) string {
+	g.t.Helper()
+	b, err := os.ReadFile(filepath.Join(g.dir, name))
+	if err != nil {
+		g.t.Error(err)
+	}
+	return string(b)
+}
+
+func TestLife(t *testing.T) {
+	g := newGuest(t, `echo hello; echo "coffer: FAILED phase=fake"; printf 'no end'; touch /vault/kept /dropped; ls /vault; exit 7`)
+	if err := os.MkdirAll(g.dir+"/scratch/upper/old", 0o755); err != nil {
+		t.Fatal(err)
+	}
+	lines := g.end(g.start())
+	g.last(lines, `coffer: power off reason="workload exited code=7" platform=simulated`)
+
+	var phases []string
+	for _, l := range lines {
+		if name, ok := strings.CutPrefix(l, "phase="); ok && strings.Contains(l, "status=ok") {
+			phases = append(phases, strings.Fields(name)[0])
+		}
+	}
+	if want := strings.Fields("system handover ports drives containerd image attest workload"); !slices.Equal(phases, want) {
+		t.Errorf("phases %v, want %v", phases, want)
+	}
+	for _, want := range []string{
+		"coffer: allowed ports in=8002/tcp out=443/tcp, and out to the KBS and the resolvers platform=simulated",
+		`attestation round=1 verdict=pass reason="" platform=simulated`,
+		"workload: hello", "workload: coffer: FAILED phase=fake", "workload: no endkept",
+	} {
+		if !slices.Contains(lines, want) {
+			t.Errorf("console lacks %q", want)
+		}
+	}
+	if out := g.file("applog/workload.log"); out != "hello\ncoffer: FAILED phase=fake\nno endkept\n" {
+		t.Errorf("workload.log holds %q", out)
+	}
+	log := g.file("applog/coffer.log")
+	if !strings.HasPrefix(log, "phase=mounts status=start t=0.10\nlaunch_digest=d1ge57\nphase=system status=start") {
+		t.Errorf("coffer.log does not begin with init's lines: %.200q", log)
+	}
+	if !strings.Contains(log, "coffer: power off reason=") {
+		t.Error("coffer.log lacks the last line")
+	}
+	first, _, _ := strings.Cut(g.file("applog/attestation.jsonl"), "\n")
+	var rec map[string]any
+	if err := json.Unmarshal([]byte(first), &rec); err != nil {
+		t.Fatalf("attestation.jsonl: %v: %q", err, first)
+	}
+	if rec["seq"] != 1.0 || rec["verdict"] != "pass" || rec["launch_digest"] != "d1ge57" || rec["simulated"] != true {
+		t.Errorf("attestation.jsonl: %v", rec)
+	}
+
+	// The ports are open before the KBS's address is known, and stay.
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if len(g.rules) != 2 {
+		t.Fatalf("firewall was set %d times: %v", len(g.rules), g.rules)
+	}
+	r := g.rules[1]
+	if r.DHCP || len(r.In) != 1 || len(r.Out) != 1 || fmt.Sprint(r.DNS) != "[10.0.2.3]" || fmt.Sprint(r.KBS) != "[192.0.2.7:8999]" {
+		t.Errorf("rules are %+v", r)
+	}
+	if _, err := os.Stat(g.dir + "/scratch/vault/kept"); err != nil {
+		t.Errorf("/vault does not keep: %v", err)
+	}
+	if _, err := os.Stat(g.dir + "/scratch/upper/old"); err == nil {
+		t.Error("the writable layer of the last boot is still there")
+	}
+}
+
+func TestDeniedWhileRunning(t *testing.T) {
+	g := newGuest(t, `trap "echo got TERM" TERM; echo ready; while :; do sleep 1 & wait $!; done`)
+	g.kbs.verdicts = []error{nil, nil, errDenied}
+	lines := g.end(g.start())
+	g.last(lines, `coffer: FAILED phase=run code=E_ATTESTATION detail="round 3 was negative: resource: the KBS's policy denies access`)
+	text := strings.Join(lines, "\n")
+	if !strings.Contains(text, `attestation round=3 verdict=negative reason="resource: the KBS's policy denies access: Access denied by policy (PolicyDeny, HTTP 401)" code=E_KBS_DENIED`) ||
+		!strings.Contains(text, "workload exited code=137 signal=9") {
+		t.Error("the console does not tell what happened")
+	}
+	if strings.Contains(text, "got TERM") {
+		t.Error("the workload was given a chance")
+	}
+}
+
+func TestRestartOnRecovery(t *testing.T) {
+	g := newGuest(t, `trap "exit 0" TERM; echo run >>/user_data/runs; while :; do sleep 1 & wait $!; done`)
+	g.cfg.Attestation.RestartOnRecovery = true
+	g.kbs.verdicts = []error{nil, errDenied, nil}
+	ended := g.start()
+	g.console.Await(t, `attestation action=start_job reason="a round passed"`)
+	for end := time.Now().Add(10 * time.Second); g.file("user_data/runs") != "run\nrun\n" && time.Now().Before(end); time.Sleep(10 * time.Millisecond) {
+	}
+	g.stop <- "signal terminated"
+	g.last(g.end(ended), `coffer: power off reason="signal terminated"`)
+	if got := g.file("user_data/runs"); got != "run\nrun\n" {
+		t.Errorf("the workload ran %q", got)
+	}
+}
+
+func TestOrderlyStop(t *testing.T) {
+	g := newGuest(t, `trap "echo bye; exit 0" TERM; echo ready; while :; do sleep 1 & wait $!; done`)
+	ended := g.start()
+	g.console.Await(t, "workload: ready")
+	g.stop <- "power button"
+	lines := g.end(ended)
+	g.last(lines, `coffer: power off reason="power button"`)
+	for _, want := range []string{"workload: bye", "workload exited code=0"} {
+		if !strings.Contains(strings.Join(lines, "\n"), want) {
+			t.Errorf("console lacks %q", want)
+		}
+	}
+}
+
+func TestBootFailures(t *testing.T) {
+	type change func(*guest)
+	for _, tc := range []struct {
+		name   string
+		change change
+		last   string
+	}{
+		{"kernel file systems", func(g *guest) { g.deps.Mount = func() error { return errors.New("no cgroup2") } },
+			`coffer: FAILED phase=system code=E_INTERNAL detail="no cgroup2"`},
+		{"panic", func(g *guest) { g.deps.Mount = func() error { panic("oops") } },
+			`coffer: FAILED phase=system code=E_INTERNAL detail="panic: oops"`},
+		{"no handover", func(g *guest) { g.deps.Handover = func() ([]byte, error) { return nil, os.ErrNotExist } },
+			`coffer: FAILED phase=handover code=E_CONFIG`},
+		{"handover of another shape", func(g *guest) {
+			g.deps.Handover = func() ([]byte, error) { return []byte(`{"config":{},"more":1}`), nil }
+		}, `coffer: FAILED phase=handover code=E_CONFIG`},
+		{"wrong platform", func(g *guest) {
+			g.deps.Evidence = func(string, string) (evidence.Source, error) { return nil, evidence.ErrPlatform }
+		}, `coffer: FAILED phase=handover code=E_EVIDENCE`},
+		{"firewall", func(g *guest) { g.deps.Firewall = func(firewall.Rules) error { return errors.New("no nftables") } },
+			`coffer: FAILED phase=ports code=E_FIREWALL`},
+		{"drive", func(g *guest) {
+			g.deps.Attach = func(_ context.Context, m drives.Mount) error {
+				if m.Serial == "user_data" {
+					return drives.ErrMissing
+				}
+				return nil
+			}
+		}, `coffer: FAILED phase=drives code=E_DRIVE`},
+		{"containerd", func(*guest) {}, `coffer: FAILED phase=containerd code=E_CONTAINERD`},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			g := configured(t, "exit 0", workload.ImageSource{})
+			tc.change(g)
+			g.last(g.end(g.start()), tc.last)
+		})
+	}
+}
+
+func TestFirstRoundDenied(t *testing.T) {
+	g := newGuest(t, `echo must not run`)
+	g.cfg.Attestation.FailureAction = guestconfig.ActionLog
+	g.kbs.verdicts = []error{errDenied}
+	lines := g.end(g.start())
+	g.last(lines, `coffer: FAILED phase=attest code=E_ATTESTATION`)
+	if strings.Contains(strings.Join(lines, "\n"), "must not run") {
+		t.Error("the workload ran")
+	}
+}
+
+func TestStopWhileWaitingForTheKBS(t *testing.T) {
+	g := newGuest(t, `echo must not run`)
+	g.kbs.verdicts = []error{kbsclient.ErrUnreachable}
+	ended := g.start()
+	g.console.Await(t, "verdict=unknown")
+	g.stop <- "power button"
+	g.last(g.end(ended), `coffer: power off reason="power button"`)
+}
