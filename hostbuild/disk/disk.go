@@ -44,12 +44,12 @@ type partial struct {
 	out string
 }
 
-func newPartial(out string) (*partial, error) {
+func newPartial(out string, mode os.FileMode) (*partial, error) {
 	f, err := tempFile(out)
 	if err != nil {
 		return nil, err
 	}
-	if err := f.Chmod(0o644); err != nil {
+	if err := f.Chmod(mode); err != nil {
 		return nil, errors.Join(err, f.Close(), os.Remove(f.Name()))
 	}
 	return &partial{f, out}, nil

@@ -34,13 +34,14 @@ type DriveParams struct {
 // MinDrive is the least size of a plain drive, in bytes.
 const MinDrive = 8 << 20
 
-// BuildDrive makes a drive whose whole is one ext4.
+// BuildDrive makes a drive whose whole is one ext4. The file is for its owner
+// alone: nothing in it is encrypted.
 func BuildDrive(ctx context.Context, p DriveParams) error {
 	p.Size = roundUp(p.Size, blockSize)
 	if p.Size < MinDrive {
 		return explain(p.Out, fmt.Errorf("%w: %d bytes, less than %d", ErrTooSmall, p.Size, MinDrive))
 	}
-	out, err := newPartial(p.Out)
+	out, err := newPartial(p.Out, 0o600)
 	if err != nil {
 		return explain(p.Out, err)
 	}

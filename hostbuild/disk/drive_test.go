@@ -57,8 +57,10 @@ func TestBuildDrive(t *testing.T) {
 	if out := output(t, testenv.LookTool(t, "qemu-img"), "check", p.Out); !strings.Contains(out, "No errors were found") {
 		t.Errorf("qemu-img check: %s", out)
 	}
-	if st, _ := os.Stat(p.Out); st.Sys().(*syscall.Stat_t).Blocks*512 > 20<<20 {
-		t.Errorf("the drive takes %d bytes: not sparse", st.Sys().(*syscall.Stat_t).Blocks*512)
+	if st, _ := os.Stat(p.Out); st.Mode() != 0o600 {
+		t.Errorf("mode %v", st.Mode())
+	} else if st.Sys().(*syscall.Stat_t).Blocks*512 > 20<<20 {
+		t.Errorf("it takes %d bytes: not sparse", st.Sys().(*syscall.Stat_t).Blocks*512)
 	}
 	raw := filepath.Join(t.TempDir(), "raw")
 	output(t, testenv.LookTool(t, "qemu-img"), "convert", "-O", "raw", p.Out, raw)

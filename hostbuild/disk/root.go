@@ -70,7 +70,7 @@ func BuildRoot(ctx context.Context, p RootParams) (*Root, error) {
 	if p.Size < luks2.DataOffset+MinScratch {
 		return nil, explain(p.Out, fmt.Errorf("%w: %d bytes, with %d for the writable part alone", ErrTooSmall, p.Size, MinScratch))
 	}
-	out, err := newPartial(p.Out)
+	out, err := newPartial(p.Out, 0o644)
 	if err != nil {
 		return nil, explain(p.Out, err)
 	}

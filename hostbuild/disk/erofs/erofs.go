@@ -21,10 +21,10 @@ import (
 	"time"
 )
 
-// Limits of one file system. They bound the memory of a Tree.
+// Limits of one file system. They keep a Tree below some 150 MB.
 const (
 	MaxEntries  = 1 << 19  // names
-	MaxMetadata = 64 << 20 // bytes of names, link targets and extended attributes
+	MaxMetadata = 32 << 20 // bytes of names, link targets and extended attributes
 	MaxName     = 255      // bytes of one name
 	MaxPath     = 4095     // bytes of a path or of a link's target
 	maxXattrs   = 60 << 10 // bytes of one inode's extended attributes
