@@ -48,7 +48,7 @@ type Paths struct {
 	Applog               string
 	UserConfig, UserData string
 	Scratch              string
-	CgroupRoot           string // cgroup v2
+	CgroupRoot, Cgroup   string // cgroup v2, and the workload's group below it
 	ImageMeta, Layers    string
 	ResolvConf, Hosts    string
 }
@@ -116,12 +116,13 @@ func (a *agent) phases() []boot.Phase {
 
 // Times of the loop and of the guest's end.
 const (
-	firstWithin = 5 * time.Minute // for the first pass, max_staleness permitting
-	roundTime   = 90 * time.Second
-	startTime   = 60 * time.Second
-	stopTime    = 15 * time.Second // to kill the workload after a bad verdict
-	graceTime   = 20 * time.Second // between the stop signal and the kill in an orderly stop
-	endTime     = 90 * time.Second // the guest's end in all; then the plug is pulled
+	firstAtLeast = time.Minute // the first pass may take max_staleness, within these two
+	firstWithin  = 5 * time.Minute
+	roundTime    = 90 * time.Second
+	startTime    = 60 * time.Second
+	stopTime     = 15 * time.Second // to kill the workload after a bad verdict
+	graceTime    = 20 * time.Second // between the stop signal and the kill in an orderly stop
+	endTime      = 90 * time.Second // the guest's end in all; then the plug is pulled
 )
 
 // Output is where lines go.
@@ -382,7 +383,7 @@ func (a *agent) container(ctx context.Context) error {
 	a.runner, err = workload.Create(ctx, a.daemon.Client(), image, workload.Config{
 		ID:         "workload",
 		Hostname:   a.cfg.CVMID,
-		Cgroup:     "/coffer/workload",
+		Cgroup:     p.Cgroup,
 		CgroupRoot: p.CgroupRoot,
 		Args:       w.Args,
 		Env:        w.Env,
@@ -397,9 +398,10 @@ func (a *agent) container(ctx context.Context) error {
 			{Source: p.Hosts, Target: "/etc/hosts", ReadOnly: true},
 			{Source: p.ResolvConf, Target: "/etc/resolv.conf", ReadOnly: true},
 		},
-		FIFODir: filepath.Join(p.Run, "coffer", "fifo"),
-		Stdout:  a.logs.stream(a.output, first),
-		Stderr:  a.logs.stream(a.output, first),
+		FIFODir:  filepath.Join(p.Run, "coffer", "fifo"),
+		RuncRoot: filepath.Join(p.Run, "runc"),
+		Stdout:   a.logs.stream(a.output, first),
+		Stderr:   a.logs.stream(a.output, first),
 	})
 	return boot.Fail(boot.CodeWorkload, err)
 }
@@ -412,7 +414,7 @@ func (a *agent) attest(ctx context.Context) error {
 		Policy: attest.Policy{
 			Every:        time.Duration(c.CheckFrequency) * time.Second,
 			MaxStaleness: stale,
-			FirstWithin:  min(stale, firstWithin),
+			FirstWithin:  min(max(stale, firstAtLeast), firstWithin),
 			Action:       c.FailureAction,
 			Restart:      c.RestartOnRecovery,
 		},

@@ -104,7 +104,7 @@ func configured(t *testing.T, script string, src workload.ImageSource) *guest {
 	}
 	p := agent.Paths{
 		Bin: "/nonexistent", Run: dir + "/run", Applog: dir + "/applog", UserConfig: dir + "/user_config", UserData: dir + "/user_data",
-		Scratch: dir + "/scratch", CgroupRoot: "/sys/fs/cgroup", ImageMeta: src.Meta, Layers: src.Layers,
+		Scratch: dir + "/scratch", CgroupRoot: "/sys/fs/cgroup", Cgroup: fmt.Sprintf("/coffer-agent-test-%d/workload", os.Getpid()), ImageMeta: src.Meta, Layers: src.Layers,
 		ResolvConf: dir + "/run/coffer/resolv.conf", Hosts: dir + "/run/coffer/hosts",
 	}
 	for _, f := range []string{p.ResolvConf, p.Hosts} {
@@ -168,7 +168,7 @@ func configured(t *testing.T, script string, src workload.ImageSource) *guest {
 			b, _ := os.ReadFile(dir + "/applog/containerd.log")
 			t.Logf("containerd:\n%s", b)
 		}
-		agenttest.RemoveCgroups("/coffer/workload")
+		agenttest.RemoveCgroups(p.Cgroup)
 	})
 	return g
 }
@@ -180,7 +180,7 @@ func (g *guest) start() <-chan struct{} {
 	out := agent.Output{
 		Log:      boot.NewLog(tee, true, g.deps.Now),
 		Tee:      tee,
-		Workload: applog.NewAsync(g.console, 1<<20, applog.TextNotice),
+		Workload: applog.NewAsync(g.console, 1<<20, agent.WorkloadNotice),
 	}
 	ended := make(chan struct{})
 	go func() {

@@ -30,6 +30,13 @@ const (
 	flushTime  = 5 * time.Second
 )
 
+// workloadPrefix begins the workload's lines on the console.
+const workloadPrefix = "workload: "
+
+// WorkloadNotice tells on the console that it lacks a part of the workload's
+// output; workload.log may have it.
+const WorkloadNotice applog.Notice = workloadPrefix + "(%d bytes are not shown here)\n"
+
 func openLogs(path string) (*logs, error) {
 	dir, err := os.OpenRoot(path)
 	if err != nil {
@@ -51,7 +58,7 @@ func openLogs(path string) (*logs, error) {
 	}
 	l.workload = open("workload.log", 64<<20, 3, applog.TextNotice)
 	l.attestation = open("attestation.jsonl", 8<<20, 1, applog.JSONNotice)
-	l.boot = open("coffer.log", 1<<20, 1, applog.TextNotice)
+	l.boot = open("coffer.log", 1<<20, 1, applog.LineNotice)
 	l.containerd = open("containerd.log", 1<<20, 1, applog.TextNotice)
 	return l, nil
 }
@@ -59,7 +66,7 @@ func openLogs(path string) (*logs, error) {
 // stream is one output of the workload: into its log, and line by line to the
 // console. first is called before the first byte.
 func (l *logs) stream(console io.Writer, first func()) io.Writer {
-	lines := applog.NewLines(console, "workload: ")
+	lines := applog.NewLines(console, workloadPrefix)
 	l.lines = append(l.lines, lines)
 	return both{l.workload, lines, first}
 }

@@ -35,7 +35,7 @@ func System(flush func()) Deps {
 	return Deps{
 		Paths: Paths{
 			Bin: "/bin", Run: "/run", Applog: "/applog", UserConfig: "/user_config", UserData: "/user_data",
-			Scratch: "/scratch", CgroupRoot: "/sys/fs/cgroup",
+			Scratch: "/scratch", CgroupRoot: "/sys/fs/cgroup", Cgroup: "/coffer/workload",
 			ImageMeta: guestconfig.ImageMetaPath, Layers: guestconfig.ImageLayersPath,
 			ResolvConf: guestconfig.ResolvConfPath, Hosts: guestconfig.HostsPath,
 		},

@@ -312,3 +312,35 @@ func TestTee(t *testing.T) {
 		}
 	}
 }
+
+// Whatever the workload writes, each line on the console is short, printable
+// and marked as the workload's.
+func FuzzLines(f *testing.F) {
+	f.Add([]byte("hello\nworld"), 3)
+	f.Add([]byte("\x1b[2J\r\n\x00\xff\n"), 1)
+	f.Add(bytes.Repeat([]byte("x"), 2000), 700)
+	f.Fuzz(func(t *testing.T, in []byte, step int) {
+		step = max(1, min(step, 4096))
+		var out bytes.Buffer
+		l := NewLines(&out, "w: ")
+		for rest := in; len(rest) > 0; {
+			n := min(step, len(rest))
+			if k, err := l.Write(rest[:n]); k != n || err != nil {
+				t.Fatalf("Write gave %d, %v", k, err)
+			}
+			rest = rest[n:]
+		}
+		l.Flush()
+		for line := range strings.Lines(out.String()) {
+			text, ok := strings.CutPrefix(line, "w: ")
+			if !ok || len(text) > maxLine+1 || !strings.HasSuffix(text, "\n") {
+				t.Fatalf("line %q", line)
+			}
+			for _, c := range []byte(strings.TrimSuffix(text, "\n")) {
+				if c < ' ' || c >= 0x7f {
+					t.Fatalf("line %q holds byte %#x", line, c)
+				}
+			}
+		}
+	})
+}

@@ -21,6 +21,8 @@ type Notice string
 const (
 	// TextNotice begins a line of its own: the log may end in the middle of one.
 	TextNotice Notice = "\ncoffer: %d bytes of this log were dropped\n"
+	// LineNotice is for logs that are written in whole lines.
+	LineNotice Notice = "coffer: %d bytes of this log were dropped\n"
 	// JSONNotice is for logs that are written in whole lines of JSON.
 	JSONNotice Notice = `{"dropped_bytes":%d}` + "\n"
 )

@@ -126,15 +126,20 @@ func (l *Loop) begun(st start) error {
 	return nil
 }
 
-// settle ends a start that is under way when the loop ends.
-func (l *Loop) settle() {
+// settle ends a start that is under way when the loop ends. Where nothing speaks
+// against the workload it may finish: what runs can be asked to end.
+func (l *Loop) settle(ctx context.Context) {
 	if l.abort == nil {
 		return
 	}
-	l.abort()
+	if ctx.Err() == nil {
+		l.abort()
+	}
+	timer := time.AfterFunc(l.StopTime, l.abort)
+	defer timer.Stop()
 	select {
 	case <-l.starts:
-	case <-time.After(l.StopTime):
+	case <-time.After(2 * l.StopTime):
 	}
 	l.abort = nil
 }
@@ -150,7 +155,7 @@ func (l *Loop) reason() error {
 func (l *Loop) drive(ctx context.Context, done func() bool) (err error) {
 	defer func() {
 		if err != nil {
-			l.settle()
+			l.settle(ctx)
 		}
 	}()
 	ev := Event{Kind: Tick}

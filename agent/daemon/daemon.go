@@ -47,7 +47,7 @@ func (c *Config) Socket() string { return filepath.Join(c.State, "containerd.soc
 
 // toml is containerd's configuration. dm-verity is off because the layers lie
 // in a root that stands behind dm-verity as a whole; a default_size of 0 makes
-// the writable layer a plain folder.
+// the writable layer a plain folder. The plugin opt wants to write to /opt.
 func (c *Config) toml() string {
 	q := strconv.Quote
 	return `version = 4
@@ -55,6 +55,7 @@ root = ` + q(c.Root) + `
 state = ` + q(c.State) + `
 oom_score = -999
 imports = []
+disabled_plugins = ["io.containerd.internal.v1.opt"]
 [debug]
   level = "warn"
 [plugins."io.containerd.server.v1.grpc"]

@@ -34,11 +34,15 @@ const hostile = unix.MS_NOSUID | unix.MS_NODEV
 // whatever its superblock asks for.
 const survive = "errors=remount-ro"
 
+// reserve keeps the blocks that ext4 reserves, if any, for the agent's logs: root
+// in the container is not this user, and has no CAP_SYS_RESOURCE.
+const reserve = ",resuid=65534"
+
 // Host is what launch_vm.sh attaches besides crypt_root. The startup scripts of
 // a workload run from /user_config, so it is not noexec.
 func Host() []Mount {
 	return []Mount{
-		{Serial: "applog", Target: "/applog", Flags: hostile | unix.MS_NOEXEC, Data: survive},
+		{Serial: "applog", Target: "/applog", Flags: hostile | unix.MS_NOEXEC, Data: survive + reserve},
 		{Serial: "user_config", Target: "/user_config", Flags: hostile | unix.MS_RDONLY, Data: survive},
 		{Serial: "user_data", Target: "/user_data", Flags: hostile, Data: survive},
 	}

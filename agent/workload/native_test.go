@@ -56,7 +56,7 @@ func runner(t *testing.T, script string, change func(*workload.Config)) run {
 	cfg := workload.Config{
 		ID: "workload", Hostname: "cvm_0123456789ab", Cgroup: fmt.Sprintf("/coffer-test-%d/workload", os.Getpid()),
 		Env: []string{"EXTRA=1"}, PidsMax: 64, MemoryMiB: 64, TmpMiB: 8, Binds: binds,
-		FIFODir: filepath.Join(dir, "fifo"), Stdout: out, Stderr: out,
+		FIFODir: filepath.Join(dir, "fifo"), RuncRoot: filepath.Join(dir, "runc"), Stdout: out, Stderr: out,
 	}
 	if script != "" {
 		cfg.Args = []string{script}

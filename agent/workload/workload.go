@@ -18,8 +18,10 @@ import (
 	"syscall"
 	"time"
 
+	"github.com/containerd/containerd/api/types/runc/options"
 	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/pkg/cio"
+	"github.com/containerd/containerd/v2/plugins"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
 
@@ -42,6 +44,7 @@ type Config struct {
 	TmpMiB         int64 // /tmp and /dev/shm, each
 	Binds          []Bind
 	FIFODir        string
+	RuncRoot       string // runc's state
 	Stdout, Stderr io.Writer
 }
 
@@ -49,10 +52,10 @@ func sizeMiB(mib int64) string { return "size=" + strconv.FormatInt(mib, 10) + "
 
 // Times of the workload's management.
 const (
-	pauseWithin = 2 * time.Second
-	killEvery   = 500 * time.Millisecond
-	askEvery    = 200 * time.Millisecond
-	lostAfter   = 2 * time.Minute // containerd has not answered for so long: the workload is lost
+	askTime   = 2 * time.Second // for containerd to pause or to kill
+	killEvery = 500 * time.Millisecond
+	askEvery  = 200 * time.Millisecond
+	lostAfter = 2 * time.Minute // containerd has not answered for so long: the workload is lost
 )
 
 // Exit is how a run ended.
@@ -98,6 +101,7 @@ func Create(ctx context.Context, c *client.Client, image client.Image, cfg Confi
 	container, err := c.NewContainer(ctx, cfg.ID,
 		client.WithImage(image),
 		client.WithImageStopSignal(image, "SIGTERM"),
+		client.WithRuntime(plugins.RuntimeRuncV2, &options.Options{Root: cfg.RuncRoot}),
 		client.WithSnapshotter(daemon.Snapshotter),
 		client.WithNewSnapshot(cfg.ID, image),
 		client.WithNewSpec(specOpts(&cfg, image)...),
@@ -207,39 +211,56 @@ func within(ctx context.Context, f func()) {
 	}
 }
 
-// Kill ends the run at once: it pauses all of its processes, so that none acts
-// any more, then kills them. nil means that none is left.
+// Kill ends the run at once: the kernel kills all of its processes in one go.
+// Where it cannot (no cgroup v2), and where something is left, containerd does:
+// it pauses them, so that none acts any more, and kills. nil means that none is
+// left.
 func (r *Runner) Kill(ctx context.Context) error {
 	task, done := r.run()
 	if done == nil {
 		return nil
 	}
-	pause, cancel := context.WithTimeout(ctx, pauseWithin)
-	task.Pause(pause) // the kill is what counts
-	cancel()
+	killed := r.killCgroup()
+	if killed != nil {
+		pause, cancel := context.WithTimeout(ctx, askTime)
+		task.Pause(pause) // the kill is what counts
+		cancel()
+	}
 	tick := time.NewTicker(killEvery)
 	defer tick.Stop()
-	var err error
 	for {
-		try, cancel := context.WithTimeout(ctx, pauseWithin)
-		err = task.Kill(try, syscall.SIGKILL, client.WithKillAll)
-		cancel()
-		r.killCgroup()
+		if killed != nil {
+			try, cancel := context.WithTimeout(ctx, askTime)
+			killed = task.Kill(try, syscall.SIGKILL, client.WithKillAll)
+			cancel()
+		}
 		select {
 		case <-done:
 			return nil
 		case <-ctx.Done():
-			return fmt.Errorf("the workload does not die: %w", errors.Join(ctx.Err(), err))
+			return fmt.Errorf("the workload does not die: %w", errors.Join(ctx.Err(), killed))
 		case <-tick.C:
+			r.killCgroup()
+			killed = errAlive
 		}
 	}
 }
 
-// killCgroup kills what is left without containerd's help.
-func (r *Runner) killCgroup() {
-	if r.cfg.CgroupRoot != "" {
-		os.WriteFile(filepath.Join(r.cfg.CgroupRoot, r.cfg.Cgroup, "cgroup.kill"), []byte("1"), 0)
+// errAlive makes Kill ask containerd, too.
+var errAlive = errors.New("its processes are still there")
+
+// killCgroup kills without containerd's help. It returns an error where that
+// cannot be done.
+func (r *Runner) killCgroup() error {
+	if r.cfg.CgroupRoot == "" {
+		return errAlive
 	}
+	f, err := os.OpenFile(filepath.Join(r.cfg.CgroupRoot, r.cfg.Cgroup, "cgroup.kill"), os.O_WRONLY, 0)
+	if err != nil {
+		return err
+	}
+	_, err = f.WriteString("1")
+	return errors.Join(err, f.Close())
 }
 
 // Terminate asks the workload to end by its image's stop signal, gives it grace,

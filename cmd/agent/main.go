@@ -30,12 +30,12 @@ func main() {
 	// The host decides how fast the console is read, if at all. The agent's own
 	// lines and the workload's have a queue each.
 	console := &console{}
-	own := applog.NewAsync(console, logQueue, applog.TextNotice)
+	own := applog.NewAsync(console, logQueue, applog.LineNotice)
 	tee := applog.NewTee(own)
 	agent.Run(agent.System(func() { own.Close(flushTime) }), agent.Output{
 		Log:      boot.NewLog(tee, evidence.Platform == guestconfig.PlatformSimulated, agent.SinceKernelStart),
 		Tee:      tee,
-		Workload: applog.NewAsync(console, workloadQueue, applog.TextNotice),
+		Workload: applog.NewAsync(console, workloadQueue, agent.WorkloadNotice),
 	})
 }
 
