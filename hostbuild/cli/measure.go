@@ -9,7 +9,7 @@ import (
 
 	"github.com/spf13/cobra"
 
-	"coffer/hostbuild/measure"
+	"coffer/internal/measure"
 )
 
 // measured is what `hostbuild measure` prints: the digest and all that led to it.

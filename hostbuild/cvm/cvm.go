@@ -25,11 +25,11 @@ import (
 	"coffer/hostbuild/bundle"
 	"coffer/hostbuild/config"
 	"coffer/hostbuild/disk"
-	"coffer/hostbuild/measure"
 	"coffer/hostbuild/register"
 	"coffer/hostbuild/settings"
 	"coffer/initramfs"
 	"coffer/internal/guestconfig"
+	"coffer/internal/measure"
 )
 
 // GuestFeatures is SEV_FEATURES as upstream KVM and QEMU 9.1 and later set it: SNPActive.
