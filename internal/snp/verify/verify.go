@@ -143,6 +143,28 @@ func Verify(r *snp.Report, certs []snp.Cert, o Options) (*Result, error) {
 	return &Result{Product: product, Signer: signer, Simulated: root.Simulated}, nil
 }
 
+// CheckVEK judges a chip certificate for a report: that it chains to the roots of
+// the report's product, that its key signed the report, and that chip id and TCB
+// are its own. It does not judge the report.
+func CheckVEK(r *snp.Report, der []byte, o Options) error {
+	product, err := r.Product()
+	if err != nil {
+		return err
+	}
+	signer, err := signingKey(r, o)
+	if err != nil {
+		return err
+	}
+	vek, err := findVEK([]snp.Cert{{Type: signer, Data: der}}, signer)
+	if err != nil {
+		return err
+	}
+	if _, err := checkChain(vek, signer, product, o); err != nil {
+		return err
+	}
+	return errors.Join(Signature(r, vek), checkCertTCB(r, vek, product), checkChipID(r, vek, signer, o))
+}
+
 func or(v, fallback uint32) uint32 {
 	if v == 0 {
 		return fallback
