@@ -21,6 +21,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"net"
 	"net/http"
 	"net/netip"
@@ -111,30 +112,47 @@ func New(cfg Config) *Server {
 	s.reports = limiter{now: cfg.Now, every: 500 * time.Millisecond, burst: 20, slot: make(chan struct{}, 1)}
 	s.calls = limiter{now: cfg.Now, every: 2 * time.Second, burst: 10, slot: make(chan struct{}, 2)}
 
-	coco := http.NewServeMux()
-	route(coco, "GET /aa/token", s.cocoToken)
-	route(coco, "GET /aa/evidence", s.cocoEvidence)
-	route(coco, "GET /cdh/resource/{repository}/{type}/{tag}", s.resource)
-	all := http.NewServeMux()
+	coco, all := http.NewServeMux(), http.NewServeMux()
 	all.Handle("/aa/", coco)
 	all.Handle("/cdh/", coco)
-	route(all, "GET /v1/info", s.info)
-	route(all, "GET /v1/status", s.status)
-	route(all, "GET /v1/keys", s.keys)
-	route(all, "GET /v1/peers", s.peers)
-	route(all, "GET /v1/token", s.ownToken)
-	route(all, "POST /v1/evidence", s.evidence)
-	route(all, "GET /v1/resource/{repository}/{type}/{tag}", s.resource)
-	route(all, "POST /v1/snp/report", s.snpReport)
-	route(all, "GET /v1/snp/certificates", s.snpCertificates)
-	route(all, "POST /v1/snp/vcek", s.snpVCEK)
-	route(all, "GET /v1/snp/crl", s.snpCRL)
-	route(all, "POST /v1/snp/key", s.snpKey)
-	route(all, "GET /v1/snp/roots", s.snpRoots)
+	for pattern, f := range s.routes() {
+		mux := all
+		if _, path, _ := strings.Cut(pattern, " "); !strings.HasPrefix(path, "/v1/") {
+			mux = coco
+		}
+		route(mux, pattern, f)
+	}
 	s.handler = all
 	s.coco = onlyLoopback(coco)
 	return s
 }
+
+// routes is all that is served.
+func (s *Server) routes() map[string]func(*http.Request) (*answer, error) {
+	return map[string]func(*http.Request) (*answer, error){
+		"GET /aa/token":    s.cocoToken,
+		"GET /aa/evidence": s.cocoEvidence,
+		"GET /cdh/resource/{repository}/{type}/{tag}": s.resource,
+
+		"GET /v1/info":      s.info,
+		"GET /v1/status":    s.status,
+		"GET /v1/keys":      s.keys,
+		"GET /v1/peers":     s.peers,
+		"GET /v1/token":     s.ownToken,
+		"POST /v1/evidence": s.evidence,
+		"GET /v1/resource/{repository}/{type}/{tag}": s.resource,
+
+		"POST /v1/snp/report":      s.snpReport,
+		"GET /v1/snp/certificates": s.snpCertificates,
+		"POST /v1/snp/vcek":        s.snpVCEK,
+		"GET /v1/snp/crl":          s.snpCRL,
+		"POST /v1/snp/key":         s.snpKey,
+		"GET /v1/snp/roots":        s.snpRoots,
+	}
+}
+
+// Routes lists method and path of all that is served, sorted.
+func Routes() []string { return slices.Sorted(maps.Keys((&Server{}).routes())) }
 
 // Handler answers everything; Loopback the CoCo-compatible part alone.
 func (s *Server) Handler() http.Handler  { return s.handler }
