@@ -33,7 +33,7 @@ type Params struct {
 	Image    string // name in package images; "" means "cpu"
 
 	Init     string            // program that becomes /init
-	Programs map[string]string // name in bin/, such as "agent", to program; agent, containerd, containerd-shim-runc-v2 and runc at least
+	Programs map[string]string // name in bin/, such as "agent", to program; agent, snpguest, containerd, containerd-shim-runc-v2 and runc at least
 
 	Cache  string // folder that keeps downloaded packages by their SHA-256
 	Mirror Mirror // what is empty is found out from the machine

@@ -230,6 +230,7 @@ func guestConfig(p Params, id, ca string, b *base.Base, root *disk.Root) *guestc
 	c := p.Config
 	w := c.Workload
 	w.ImageName, w.ImageDigest = root.Image.Name, root.Image.Digest
+	w.Profile = c.WorkloadProfile()
 	return &guestconfig.Config{
 		Version: guestconfig.Version, CVMID: id, Platform: b.Platform, TEE: p.TEE, BuildTime: p.Now.Unix(),
 		KBS: guestconfig.KBS{URL: p.Settings.KBSGuestURL, CA: ca, KeyPath: "keys/root/" + id, CanaryPath: "keys/canary/" + id},
@@ -237,7 +238,7 @@ func guestConfig(p Params, id, ca string, b *base.Base, root *disk.Root) *guestc
 			Serial: "crypt_root", HeaderSHA256: root.HeaderSHA256, DataOffset: root.DataOffset, PayloadSize: root.PayloadSize,
 			Verity: root.Verity, Scratch: root.Scratch,
 		},
-		Network: c.Network, Attestation: c.Attestation, Workload: w,
+		Network: c.Network, Attestation: c.Attestation, Workload: w, Peers: c.Peers, API: c.API,
 	}
 }
 
