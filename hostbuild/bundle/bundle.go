@@ -64,6 +64,22 @@ type Manifest struct {
 	KBS           KBS                     `json:"kbs"`
 	Network       guestconfig.Network     `json:"network"`
 	Attestation   guestconfig.Attestation `json:"attestation"`
+	MinTCB        TCB                     `json:"min_tcb"`
+	UserConfig    UserConfigPin           `json:"user_config"`
+}
+
+// TCB is the oldest firmware that gets the key.
+type TCB struct {
+	Bootloader uint8 `json:"bootloader"`
+	TEE        uint8 `json:"tee"`
+	SNP        uint8 `json:"snp"`
+	Microcode  uint8 `json:"microcode"`
+}
+
+// UserConfigPin says what the guest demands of user_config.qcow2.
+type UserConfigPin struct {
+	Integrity string `json:"integrity"`
+	Digest    string `json:"digest"` // of the pinned entries, as the guest prints it
 }
 
 // File is a file of the bundle.

@@ -13,7 +13,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"os"
 	"path/filepath"
 	"time"
@@ -65,7 +64,8 @@ func Build(ctx context.Context, p Params) (res *Result, err error) {
 	if p.TEE == "sample" && guestBase.Platform != guestconfig.PlatformSimulated {
 		return nil, fmt.Errorf("sample evidence works on the simulated platform alone, and the base %s is for %s", s.BaseDir, guestBase.Platform)
 	}
-	if err := checkInputs(p.Config); err != nil {
+	pinned, err := checkInputs(p.Config, s)
+	if err != nil {
 		return nil, err
 	}
 	reg, err := register.Open(s)
@@ -104,7 +104,7 @@ func Build(ctx context.Context, p Params) (res *Result, err error) {
 		return nil, err
 	}
 
-	gc := guestConfig(p, id, string(reg.CA), guestBase, root)
+	gc := guestConfig(p, id, string(reg.CA), guestBase, root, pinned)
 	p.Progress("initrd", 0, 0)
 	m, err := assemble(dir, gc, guestBase, root, p)
 	if err != nil {
@@ -134,23 +134,6 @@ func Build(ctx context.Context, p Params) (res *Result, err error) {
 		return nil, err
 	}
 	return &Result{Path: final, Manifest: m}, nil
-}
-
-// checkInputs fails early on files that are not there.
-func checkInputs(c *config.Config) error {
-	var errs []error
-	check := func(key, path string) {
-		if _, err := os.Stat(path); errors.Is(err, fs.ErrNotExist) {
-			errs = append(errs, fmt.Errorf("%s: %s is not there", key, path))
-		} else if err != nil {
-			errs = append(errs, fmt.Errorf("%s: %w", key, err))
-		}
-	}
-	check("docker_archive", c.DockerArchive)
-	for name, path := range c.UserConfig {
-		check("user_config."+name, path)
-	}
-	return errors.Join(errs...)
 }
 
 func newID() (string, error) {
@@ -226,7 +209,7 @@ func rootFiles(b *base.Base) []disk.File {
 	return fs
 }
 
-func guestConfig(p Params, id, ca string, b *base.Base, root *disk.Root) *guestconfig.Config {
+func guestConfig(p Params, id, ca string, b *base.Base, root *disk.Root, pinned guestconfig.UserConfig) *guestconfig.Config {
 	c := p.Config
 	w := c.Workload
 	w.ImageName, w.ImageDigest = root.Image.Name, root.Image.Digest
@@ -237,7 +220,7 @@ func guestConfig(p Params, id, ca string, b *base.Base, root *disk.Root) *guestc
 			Serial: "crypt_root", HeaderSHA256: root.HeaderSHA256, DataOffset: root.DataOffset, PayloadSize: root.PayloadSize,
 			Verity: root.Verity, Scratch: root.Scratch,
 		},
-		Network: c.Network, Attestation: c.Attestation, Workload: w,
+		Network: c.Network, Attestation: c.Attestation, Workload: w, UserConfig: pinned,
 	}
 }
 
@@ -261,7 +244,8 @@ func assemble(dir string, gc *guestconfig.Config, b *base.Base, root *disk.Root,
 		Base:  bundle.Base{ID: b.ID, KernelVersion: b.KernelVersion},
 		Image: bundle.Image{Name: root.Image.Name, Digest: root.Image.Digest, ConfigDigest: root.Image.ConfigDigest, DiffIDs: root.Image.DiffIDs},
 		Disk:  gc.Disk, KBS: bundle.KBS{URL: gc.KBS.URL, KeyPath: gc.KBS.KeyPath, CanaryPath: gc.KBS.CanaryPath},
-		Network: gc.Network, Attestation: gc.Attestation,
+		Network: gc.Network, Attestation: gc.Attestation, MinTCB: bundle.TCB(p.Config.MinTCB),
+		UserConfig: bundle.UserConfigPin{Integrity: gc.UserConfig.Integrity, Digest: gc.UserConfig.Files.Digest()},
 	}
 	for _, pk := range b.Packages {
 		m.Base.Packages = append(m.Base.Packages, bundle.Package{Name: pk.Name, Version: pk.Version, SHA256: pk.SHA256})

@@ -69,6 +69,7 @@ func RuleOf(m *bundle.Manifest) (policy.Rule, error) {
 	if m.TEE == policy.TEESample {
 		return rule, nil // sample evidence carries no measurement
 	}
+	rule.MinTCB = policy.TCB(m.MinTCB)
 	rule.Simulated = m.Platform == guestconfig.PlatformSimulated
 	for _, d := range m.LaunchDigests {
 		var sum [48]byte
