@@ -64,7 +64,7 @@ func Build(ctx context.Context, p Params) (res *Result, err error) {
 	if p.TEE == "sample" && guestBase.Platform != guestconfig.PlatformSimulated {
 		return nil, fmt.Errorf("sample evidence works on the simulated platform alone, and the base %s is for %s", s.BaseDir, guestBase.Platform)
 	}
-	pinned, err := checkInputs(p.Config, s)
+	in, err := checkInputs(p.Config, s)
 	if err != nil {
 		return nil, err
 	}
@@ -104,7 +104,7 @@ func Build(ctx context.Context, p Params) (res *Result, err error) {
 		return nil, err
 	}
 
-	gc := guestConfig(p, id, string(reg.CA), guestBase, root, pinned)
+	gc := guestConfig(p, id, string(reg.CA), guestBase, root, in.pinned)
 	p.Progress("initrd", 0, 0)
 	m, err := assemble(dir, gc, guestBase, root, p)
 	if err != nil {

@@ -8,14 +8,24 @@ import (
 	"path/filepath"
 
 	"coffer/hostbuild/config"
+	"coffer/hostbuild/nvflare"
 	"coffer/hostbuild/settings"
 	"coffer/internal/guestconfig"
 	"coffer/internal/treedigest"
 )
 
+// kitName is the key of user_config that NVFlare sets to a site's startup kit.
+const kitName = "nvflare"
+
+// inputs is what checkInputs found.
+type inputs struct {
+	pinned guestconfig.UserConfig
+	kit    *nvflare.Kit // nil without one
+}
+
 // checkInputs finds what is wrong with the files that config and settings name,
-// before the work and all at once, and lists what is pinned of user_config.
-func checkInputs(c *config.Config, s *settings.Settings) (pinned guestconfig.UserConfig, err error) {
+// before the work and all at once.
+func checkInputs(c *config.Config, s *settings.Settings) (in inputs, err error) {
 	var errs []error
 	if st, err := os.Stat(c.DockerArchive); err != nil {
 		errs = append(errs, explain("docker_archive", c.DockerArchive, err))
@@ -27,12 +37,26 @@ func checkInputs(c *config.Config, s *settings.Settings) (pinned guestconfig.Use
 		if _, err := os.Stat(folder); err != nil {
 			errs = append(errs, explain(key, folder, err))
 		} else if err := outside(s.OutputDir, folder); err != nil {
-			errs = append(errs, fmt.Errorf("output_dir of %s: %w (%s), and NVFlare empties it before it fetches the bundle; choose another", s.File, err, key))
+			errs = append(errs, fmt.Errorf("output_dir of %s: %w (%s), which NVFlare empties before it fetches the bundle; choose another", s.File, err, key))
+		} else if name == kitName {
+			var issuers []string
+			for _, is := range c.Issuers {
+				issuers = append(issuers, is.ID)
+			}
+			if in.kit, err = nvflare.Check(folder, issuers); err != nil {
+				errs = append(errs, fmt.Errorf("%s: %w", key, err))
+			}
 		}
 	}
 	if err := errors.Join(errs...); err != nil {
-		return pinned, err
+		return in, err
 	}
+	in.pinned, err = pin(c)
+	return in, err
+}
+
+// pin lists what is pinned of user_config.
+func pin(c *config.Config) (pinned guestconfig.UserConfig, err error) {
 	pinned.Integrity = c.Integrity
 	if c.Integrity == guestconfig.IntegrityOff {
 		return pinned, nil
