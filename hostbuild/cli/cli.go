@@ -15,6 +15,8 @@ import (
 	"strings"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+	"golang.org/x/term"
 
 	"coffer/hostbuild/settings"
 )
@@ -25,12 +27,23 @@ type App struct {
 	Stdout, Stderr io.Writer
 	Terminal       bool // Stderr is a terminal: progress may be shown
 
-	// JoinOutputs makes standard error the same pipe as standard output where
-	// neither is a terminal: NVFlare's packager reads a line of either in turn
-	// and dead-locks once one of them fills.
-	JoinOutputs func() error
-
 	settingsFile string
+}
+
+// Main runs the program on this process's outputs and returns the exit code.
+func Main(ctx context.Context, version string, args []string) int {
+	a := &App{Version: version, Stdout: os.Stdout, Stderr: os.Stderr, Terminal: term.IsTerminal(2)}
+	return a.Run(ctx, args)
+}
+
+// joinOutputs makes standard error the same pipe as standard output where neither
+// is a terminal: NVFlare's packager reads a line of either in turn, and dead-locks
+// once one of them fills.
+func (a *App) joinOutputs() error {
+	if a.Stderr != os.Stderr || term.IsTerminal(1) || term.IsTerminal(2) {
+		return nil
+	}
+	return unix.Dup2(1, 2)
 }
 
 // errUsage marks a command line that cannot be read.

@@ -23,7 +23,7 @@ cvm_build, which is this verb under a name of its own.`,
 		Example: "  hostbuild cvm CONFIG.yaml\n  cvm_build CONFIG.yaml",
 		Args:    usage(cobra.ExactArgs(1)),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if err := a.JoinOutputs(); err != nil {
+			if err := a.joinOutputs(); err != nil {
 				return err
 			}
 			conf, err := config.Read(args[0])
