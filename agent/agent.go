@@ -224,13 +224,14 @@ func (a *agent) end(phase string, err error) {
 
 const unmountTime = 5 * time.Second
 
-// stopWorkload gives the workload time only where somebody asked for the stop.
+// stopWorkload gives the workload time only where somebody asked for the stop,
+// and no more than its last pass carries: nobody attests any more.
 func (a *agent) stopWorkload(polite bool) {
 	ctx, cancel := context.WithTimeout(context.Background(), graceTime+stopTime)
 	defer cancel()
 	var err error
-	if polite {
-		err = a.runner.Terminate(ctx, graceTime)
+	if polite && a.loop != nil {
+		err = a.runner.Terminate(ctx, min(graceTime, a.loop.Left()))
 	} else {
 		err = a.runner.Kill(ctx)
 	}
