@@ -99,7 +99,11 @@ func buildDrive(ctx context.Context, p DriveParams, out *os.File) error {
 			return err
 		}
 	}
-	return drive.Finish()
+	size, err := drive.Finish()
+	if err != nil {
+		return err
+	}
+	return out.Truncate(size)
 }
 
 // driveStage collects what goes into a drive, with the directories it needs.
