@@ -55,6 +55,17 @@ func checkInputs(c *config.Config, s *settings.Settings) (in inputs, err error) 
 	return in, err
 }
 
+// checkImage fails where the kit needs Python modules that the image lacks.
+func (in inputs) checkImage(modules []string) error {
+	if in.kit == nil {
+		return nil
+	}
+	if err := in.kit.CheckImage(modules); err != nil {
+		return fmt.Errorf("user_config.%s: %w", kitName, err)
+	}
+	return nil
+}
+
 // pin lists what is pinned of user_config.
 func pin(c *config.Config) (pinned guestconfig.UserConfig, err error) {
 	pinned.Integrity = c.Integrity
