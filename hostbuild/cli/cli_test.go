@@ -1,6 +1,7 @@
 package cli
 
 import (
+	"bufio"
 	"bytes"
 	"compress/gzip"
 	"context"
@@ -13,9 +14,11 @@ import (
 	"log/slog"
 	"net"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
 	"golang.org/x/sys/unix"
@@ -28,7 +31,44 @@ import (
 
 func TestMain(m *testing.M) {
 	run := func() { os.Exit(Main(context.Background(), "test", os.Args)) }
-	testscript.Main(m, map[string]func(){"hostbuild": run, "cvm_build": run, "cvm_build.sh": run})
+	testscript.Main(m, map[string]func(){"hostbuild": run, "cvm_build": run, "cvm_build.sh": run,
+		"nvflare-reader": func() { os.Exit(nvflareReader(os.Args[1:])) }})
+}
+
+// nvflareReader runs a command as NVFlare's packager does: it waits for a line of
+// standard output, then for one of standard error, in turn, and so stands still
+// for ever where one of the two fills its pipe while the other is silent.
+func nvflareReader(argv []string) int {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
+	var lines [2]*bufio.Reader
+	for i, pipe := range []func() (io.ReadCloser, error){cmd.StdoutPipe, cmd.StderrPipe} {
+		r, err := pipe()
+		if err != nil {
+			panic(err)
+		}
+		lines[i] = bufio.NewReader(r)
+	}
+	if err := cmd.Start(); err != nil {
+		panic(err)
+	}
+	for ended := 0; ended < len(lines); {
+		ended = 0
+		for _, r := range lines {
+			line, err := r.ReadString('\n')
+			fmt.Print(line)
+			if err != nil {
+				ended++
+			}
+		}
+	}
+	cmd.Wait()
+	if ctx.Err() != nil {
+		fmt.Println("nvflare-reader: dead-lock")
+		return 99
+	}
+	return cmd.ProcessState.ExitCode()
 }
 
 // TestScripts drives the program as people and NVFlare do: real bundles, without
