@@ -69,6 +69,7 @@ func RuleOf(m *bundle.Manifest) (policy.Rule, error) {
 	if m.TEE == policy.TEESample {
 		return rule, nil // sample evidence carries no measurement
 	}
+	rule.MinTCB = policy.TCB(m.MinTCB)
 	rule.Simulated = m.Platform == guestconfig.PlatformSimulated
 	for _, d := range m.LaunchDigests {
 		var sum [48]byte
@@ -80,18 +81,20 @@ func RuleOf(m *bundle.Manifest) (policy.Rule, error) {
 	return rule, nil
 }
 
-// AddCVM stores the key and the canary, the rule's two resources, and adds the rule. The rule comes last:
-// without it nothing is released. undo takes all of it back. The caller wipes key.
-func (r *Registrar) AddCVM(ctx context.Context, rule policy.Rule, key []byte) (undo func(context.Context) error, err error) {
-	undo = func(ctx context.Context) error {
-		_, err := r.RemoveRule(ctx, rule.CVMID)
-		for _, p := range rule.Paths {
-			if derr := r.admin.DeleteResource(ctx, p); derr != nil && !errors.Is(derr, kbsclient.ErrNotSupported) {
-				err = errors.Join(err, derr)
-			}
+// ForgetCVM takes back what AddCVM does, as far as it was done.
+func (r *Registrar) ForgetCVM(ctx context.Context, rule policy.Rule) error {
+	_, err := r.RemoveRule(ctx, rule.CVMID)
+	for _, p := range rule.Paths {
+		if derr := r.admin.DeleteResource(ctx, p); derr != nil && !errors.Is(derr, kbsclient.ErrNotSupported) {
+			err = errors.Join(err, derr)
 		}
-		return err
 	}
+	return err
+}
+
+// AddCVM stores the key and the canary, the rule's two resources, and adds the rule. The rule comes last:
+// without it nothing is released. After an error nothing of it is left. The caller wipes key.
+func (r *Registrar) AddCVM(ctx context.Context, rule policy.Rule, key []byte) error {
 	add := func() error {
 		if err := r.admin.SetResource(ctx, rule.Paths[0], key); err != nil {
 			return err
@@ -102,9 +105,9 @@ func (r *Registrar) AddCVM(ctx context.Context, rule policy.Rule, key []byte) (u
 		return r.AddRule(ctx, rule)
 	}
 	if err := add(); err != nil {
-		return nil, errors.Join(fmt.Errorf("%s: %w", r.where, err), undo(context.WithoutCancel(ctx)))
+		return errors.Join(fmt.Errorf("%s: %w", r.where, err), r.ForgetCVM(context.WithoutCancel(ctx), rule))
 	}
-	return undo, nil
+	return nil
 }
 
 // AddRule adds a CVM's rule, or replaces it.

@@ -29,6 +29,8 @@ type Settings struct {
 
 	BaseDir   string // a guest base made by `hostbuild base build`
 	OutputDir string // where bundles go
+	CacheDir  string // of converted layers
+	CacheSize int64  // bytes that it may have; 0: no cache
 	Warnings  []string
 }
 
@@ -85,6 +87,12 @@ func Read(path string) (*Settings, error) {
 	}
 	if strings.ContainsFunc(s.OutputDir, unicode.IsSpace) {
 		m.Faultf("output_dir", "%q holds a blank, and NVFlare reads the bundle's path only up to one", s.OutputDir)
+	}
+	s.CacheSize = m.Int("cache_size_gb", 20, 0, 65536) << 30
+	if s.CacheDir = m.Path("cache_dir"); s.CacheDir == "" && s.CacheSize > 0 {
+		if s.CacheDir, err = yamlcheck.Expand("~/.cache/coffer"); err != nil {
+			s.CacheSize = 0 // no home folder, no cache
+		}
 	}
 	m.Finish()
 	s.Warnings = doc.Warnings()

@@ -6,6 +6,8 @@ import (
 	"errors"
 	"strings"
 	"testing"
+
+	"coffer/internal/treedigest"
 )
 
 func valid() *Config {
@@ -23,6 +25,8 @@ func valid() *Config {
 		},
 		Attestation: Attestation{CheckFrequency: 120, MaxStaleness: 360, FailureAction: ActionStopJob},
 		Workload:    Workload{ImageName: "a", ImageDigest: "sha256:" + strings.Repeat("d", 64), Env: []string{"A=b"}, PidsMax: 1, TmpMiB: 1},
+		UserConfig: UserConfig{Integrity: IntegrityPinned, Files: treedigest.Tree{
+			{Path: "nvflare", Mode: 0o755}, {Path: "nvflare/a", Mode: 0o600, Size: 1, SHA256: strings.Repeat("e", 64)}, {Path: "nvflare/b", Link: "a"}}},
 	}
 }
 
@@ -74,6 +78,10 @@ func TestValidate(t *testing.T) {
 		"workload.image_name":     func(c *Config) { c.Workload.ImageName = "" },
 		"workload.image_digest":   func(c *Config) { c.Workload.ImageDigest = "latest" },
 		"workload.env \"=x\"":     func(c *Config) { c.Workload.Env = []string{"=x"} },
+		"integrity \"\"":          func(c *Config) { c.UserConfig.Integrity = "" },
+		"integrity is off":        func(c *Config) { c.UserConfig.Integrity = IntegrityOff },
+		"files is empty":          func(c *Config) { c.UserConfig = UserConfig{Integrity: IntegrityRequired} },
+		"files: path \"../a\"":    func(c *Config) { c.UserConfig.Files[0].Path = "../a" },
 		"memory_mib, pids_max":    func(c *Config) { c.Workload.PidsMax = 0 },
 	} {
 		c := valid()

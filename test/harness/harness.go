@@ -126,9 +126,16 @@ func (k *KBS) Settings() (string, error) {
   admin_key: %s/admin.key
 policy_dir: %s/policy
 base_dir: %s
-output_dir: %s/bundles
-`, port, port, k.Dir, k.Dir, k.Dir, k.env.Base, k.Dir), 0o644)
+output_dir: %s
+cache_dir: %s
+`, port, port, k.Dir, k.Dir, k.Dir, k.env.Base, k.Bundles(), k.Cache()), 0o644)
 }
+
+// Bundles is the folder where a build with these settings puts its bundle.
+func (k *KBS) Bundles() string { return filepath.Join(k.Dir, "bundles") }
+
+// Cache is the folder where it keeps converted layers.
+func (k *KBS) Cache() string { return filepath.Join(k.Dir, "cache") }
 
 // Bundle is an unpacked bundle.
 type Bundle struct {
