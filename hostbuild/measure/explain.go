@@ -123,9 +123,8 @@ func variants(in Input, alt Alternatives) []variant {
 			add("initrd", hex.EncodeToString(in.Initrd[:]), a.String(), func(in *Input) { in.Initrd, in.HasInitrd = a.SHA256, true })
 		}
 	}
-	own := sha256.Sum256(in.OVMF)
 	for _, a := range alt.OVMF {
-		add("ovmf", hex.EncodeToString(own[:]), a.String(), func(*Input) {})
+		add("ovmf", HexSHA256(in.OVMF), a.String(), func(*Input) {})
 		out[len(out)-1].ovmf = a.Image
 	}
 	return out

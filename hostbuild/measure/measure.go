@@ -286,6 +286,12 @@ func CPUSignature(model string) (uint32, error) {
 	return (family-15)<<20 | number>>4<<16 | 0xf<<8 | number&0xf<<4 | stepping, nil
 }
 
+// HexSHA256 is a firmware's digest as manifests hold it.
+func HexSHA256(b []byte) string {
+	sum := sha256.Sum256(b)
+	return hex.EncodeToString(sum[:])
+}
+
 // HashFile returns the SHA-256 of a file, as Input wants it.
 func HashFile(path string) (sum [32]byte, err error) {
 	f, err := os.Open(path)
