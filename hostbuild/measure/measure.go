@@ -31,7 +31,7 @@ const DefaultGuestFeatures = 0x1
 const maxVCPUs = 512
 
 var (
-	ErrNoKernelHashes = errors.New("the firmware does not check kernel, initrd and command line: take OVMF.amdsev.fd")
+	ErrNoKernelHashes = errors.New("the firmware does not check kernel, initrd and command line (OVMF.amdsev.fd does)")
 	ErrUnknownCPU     = errors.New("unknown CPU model")
 )
 
@@ -46,6 +46,8 @@ type Input struct {
 	VCPUs         int
 	CPU           string // QEMU's -cpu without options
 	GuestFeatures uint64 // SEV_FEATURES; 0 stands for DefaultGuestFeatures
+
+	cmdlineSum *[32]byte // Explain's, in place of Cmdline's
 }
 
 // Result is the launch digest and what led to it, for comparing step by step.
@@ -59,10 +61,34 @@ type Result struct {
 
 // Digest computes the launch digest.
 func Digest(in Input) (*Result, error) {
-	ovmf, err := ParseOVMF(in.OVMF)
+	f, err := newFirmware(in.OVMF)
 	if err != nil {
 		return nil, err
 	}
+	return f.launch(in)
+}
+
+// firmware is a parsed image and the digest after its pages. What varies else
+// is cheap to compute from here.
+type firmware struct {
+	*OVMF
+	digest [48]byte
+}
+
+func newFirmware(image []byte) (*firmware, error) {
+	ovmf, err := ParseOVMF(image)
+	if err != nil {
+		return nil, err
+	}
+	var ld launch
+	for off := 0; off < len(image); off += pageSize {
+		ld.add(pageNormal, 1<<32-uint64(len(image)-off), sha512.Sum384(image[off:off+pageSize]))
+	}
+	return &firmware{ovmf, ld.digest}, nil
+}
+
+// launch goes on from the firmware's pages with all of in but OVMF.
+func (f *firmware) launch(in Input) (*Result, error) {
 	sig, err := CPUSignature(in.CPU)
 	if err != nil {
 		return nil, err
@@ -78,25 +104,21 @@ func Digest(in Input) (*Result, error) {
 	}
 	var hashes []byte
 	if in.HasKernel {
-		if hashes, err = hashPage(ovmf, in); err != nil {
+		if hashes, err = hashPage(f.OVMF, in); err != nil {
 			return nil, err
 		}
 	}
 
-	var ld launch
-	var r Result
-	for off := 0; off < len(ovmf.image); off += pageSize {
-		ld.add(pageNormal, 1<<32-uint64(len(ovmf.image)-off), sha512.Sum384(ovmf.image[off:off+pageSize]))
-	}
-	r.AfterOVMF = ld.digest
-	for _, s := range ovmf.sections {
+	ld := launch{f.digest}
+	r := Result{AfterOVMF: f.digest}
+	for _, s := range f.sections {
 		ld.addSection(s, hashes)
 	}
 	r.AfterMetadata = ld.digest
 	r.VMSABSP = sha512.Sum384(vmsa(bspEIP, sig, in.GuestFeatures))
 	ld.add(pageVMSA, vmsaGPA, r.VMSABSP)
 	if in.VCPUs > 1 {
-		r.VMSAAP = sha512.Sum384(vmsa(ovmf.apEIP, sig, in.GuestFeatures))
+		r.VMSAAP = sha512.Sum384(vmsa(f.apEIP, sig, in.GuestFeatures))
 	}
 	for range in.VCPUs - 1 {
 		ld.add(pageVMSA, vmsaGPA, r.VMSAAP)
@@ -160,6 +182,10 @@ func hashPage(o *OVMF, in Input) ([]byte, error) {
 	if in.HasInitrd {
 		initrd = in.Initrd
 	}
+	cmdline := sha256.Sum256([]byte(in.Cmdline + "\x00"))
+	if in.cmdlineSum != nil {
+		cmdline = *in.cmdlineSum
+	}
 	const (
 		header = 16 + 2
 		entry  = header + 32
@@ -176,7 +202,7 @@ func hashPage(o *OVMF, in Input) ([]byte, error) {
 		id  string
 		sum [32]byte
 	}{
-		{"97d02dd8-bd20-4c94-aa78-e7714d36ab2a", sha256.Sum256([]byte(in.Cmdline + "\x00"))},
+		{"97d02dd8-bd20-4c94-aa78-e7714d36ab2a", cmdline},
 		{"44baf731-3a2f-4bd7-9af1-41e29169781d", initrd},
 		{"4de79437-abd2-427f-b835-d5b172d2045b", in.Kernel},
 	} {
@@ -258,6 +284,12 @@ func CPUSignature(model string) (uint32, error) {
 	}
 	family, number, stepping := c[0], c[1], c[2] // every family here is above 15
 	return (family-15)<<20 | number>>4<<16 | 0xf<<8 | number&0xf<<4 | stepping, nil
+}
+
+// HexSHA256 is a firmware's digest as manifests hold it.
+func HexSHA256(b []byte) string {
+	sum := sha256.Sum256(b)
+	return hex.EncodeToString(sum[:])
 }
 
 // HashFile returns the SHA-256 of a file, as Input wants it.
