@@ -41,7 +41,7 @@ cvm_build, which is this verb under a name of its own.`,
 			if sample {
 				tee = "sample"
 			}
-			p := cvm.Params{Config: conf, Settings: s, TEE: tee, Progress: a.progress(), Now: time.Now()}
+			p := cvm.Params{Config: conf, Settings: s, TEE: tee, Progress: a.progress(), Warn: a.warnOfPolicy(s), Now: time.Now()}
 			res, err := cvm.Build(cmd.Context(), p)
 			if a.Terminal {
 				fmt.Fprint(a.Stderr, "\r\x1b[K")

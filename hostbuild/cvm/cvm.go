@@ -26,6 +26,7 @@ import (
 	"coffer/hostbuild/config"
 	"coffer/hostbuild/disk"
 	"coffer/hostbuild/measure"
+	"coffer/hostbuild/policy"
 	"coffer/hostbuild/register"
 	"coffer/hostbuild/settings"
 	"coffer/initramfs"
@@ -43,6 +44,7 @@ type Params struct {
 	// does not know the simulated platform's roots. Only a simulated base takes it.
 	TEE      string
 	Progress func(stage string, done, total int64) // may be nil
+	Warn     func(policy.Finding)                  // about the policy folder's own text; may be nil
 	Now      time.Time
 }
 
@@ -72,6 +74,7 @@ func Build(ctx context.Context, p Params) (res *Result, err error) {
 	if err != nil {
 		return nil, err
 	}
+	reg.Warn = p.Warn
 	if err := reg.Check(ctx); err != nil { // before the work, not after it
 		return nil, err
 	}
@@ -118,7 +121,7 @@ func Build(ctx context.Context, p Params) (res *Result, err error) {
 	}
 
 	p.Progress("register", 0, 0)
-	rule, err := register.RuleOf(m)
+	rule, err := reg.RuleOf(m)
 	if err != nil {
 		return nil, err
 	}
