@@ -102,6 +102,8 @@ func (st *store) addReferences(add map[string]any) error {
 	return st.write(referenceFile, b)
 }
 
+var errNoVCEK = errors.New("no VCEK in the evidence")
+
 // vcek returns the DER of the first of names that is there.
 func (st *store) vcek(names ...string) ([]byte, error) {
 	for _, name := range names {
@@ -110,7 +112,7 @@ func (st *store) vcek(names ...string) ([]byte, error) {
 			return b, err
 		}
 	}
-	return nil, fmt.Errorf("no VCEK in the evidence, and none of %s in the folder %s", strings.Join(names, ", "), vcekDir)
+	return nil, fmt.Errorf("%w, and none of %s in the folder %s", errNoVCEK, strings.Join(names, ", "), vcekDir)
 }
 
 func (st *store) read(name string) ([]byte, error) {
