@@ -299,3 +299,13 @@ func TestFilesArePrivate(t *testing.T) {
 		t.Fatal(err)
 	}
 }
+
+func FuzzInitData(f *testing.F) {
+	f.Add([]byte(`{"format":"toml","body":"version=\"1\"\nalgorithm=\"sha256\"\n[data]\nx=\"y\"\n"}`))
+	f.Add([]byte(`null`))
+	f.Fuzz(func(t *testing.T, b []byte) {
+		if d, err := parseInitData(b); err == nil && d != nil && d.hostData == [32]byte{} {
+			t.Error("accepted without a digest")
+		}
+	})
+}

@@ -610,3 +610,23 @@ func importsIf(mod *ast.Module) bool {
 	}
 	return false
 }
+
+// FuzzFolderText: whatever people wrote around the block comes out as it went in.
+func FuzzFolderText(f *testing.F) {
+	block := string(renderBlock(nil))
+	f.Add([]byte("package policy\n\n"), []byte("x := 1"))
+	f.Add([]byte("a\r\n"), []byte("\n"+beginMark))
+	f.Fuzz(func(t *testing.T, above, below []byte) {
+		if len(above) > 0 && above[len(above)-1] != '\n' {
+			above = append(above, '\n')
+		}
+		text := bytes.Join([][]byte{above, []byte(block), below}, nil)
+		before, got, after, err := split(text)
+		if err != nil {
+			return
+		}
+		if !bytes.Equal(before, above) || string(got) != block || !bytes.Equal(after, below) {
+			t.Errorf("split %q into %q, %q, %q", text, before, got, after)
+		}
+	})
+}
