@@ -35,12 +35,12 @@ import (
 	"coffer/hostbuild/config"
 	"coffer/hostbuild/disk"
 	"coffer/hostbuild/disk/luks2"
-	"coffer/hostbuild/measure"
 	"coffer/hostbuild/policy"
 	"coffer/hostbuild/register"
 	"coffer/hostbuild/settings"
 	"coffer/initramfs"
 	"coffer/internal/guestconfig"
+	"coffer/internal/measure"
 )
 
 // GuestFeatures is SEV_FEATURES as upstream KVM and QEMU 9.1 and later set it: SNPActive.
