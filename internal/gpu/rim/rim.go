@@ -306,7 +306,7 @@ func binary(e *element, size int) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	b, err := base64.StdEncoding.DecodeString(strings.Join(strings.Fields(text), ""))
+	b, err := base64.StdEncoding.Strict().DecodeString(strings.Join(strings.Fields(text), ""))
 	if err == nil && size != 0 && len(b) != size {
 		err = fmt.Errorf("%d bytes, want %d", len(b), size)
 	}
@@ -327,9 +327,25 @@ func (r *RIM) Active() int {
 	return n
 }
 
-// Verify checks digest, signature and chain, and that the chain is valid at now.
-// Only the last of these can be ErrExpired.
+// Verify checks the signature, and that its chain is valid at now; only the latter
+// can be ErrExpired.
 func (r *RIM) Verify(root *x509.Certificate, now time.Time) error {
+	if err := r.VerifySignature(root); err != nil {
+		return err
+	}
+	return r.ValidAt(now)
+}
+
+// ValidAt checks that the signer's chain is valid at now.
+func (r *RIM) ValidAt(now time.Time) error {
+	if err := certs.ValidAt(r.Chain, now); err != nil {
+		return fmt.Errorf("%w: %w", ErrExpired, err)
+	}
+	return nil
+}
+
+// VerifySignature checks digest, signature and chain, at no particular time.
+func (r *RIM) VerifySignature(root *x509.Certificate) error {
 	digest := sha512.Sum384(r.root.canonical(r.signature))
 	if subtle.ConstantTimeCompare(digest[:], r.digest) != 1 {
 		return fmt.Errorf("%w: digest %x, signed is %x", ErrDigest, digest, r.digest)
@@ -342,9 +358,6 @@ func (r *RIM) Verify(root *x509.Certificate, now time.Time) error {
 	}
 	if err := certs.VerifyPath(r.Chain, root); err != nil {
 		return fmt.Errorf("%w: %w", ErrChain, err)
-	}
-	if err := certs.ValidAt(r.Chain, now); err != nil {
-		return fmt.Errorf("%w: %w", ErrExpired, err)
 	}
 	return nil
 }

@@ -284,7 +284,7 @@ func isChar(c rune) bool {
 
 func (e *element) declare(prefix, uri string) error {
 	switch {
-	case prefix == "xmlns" || prefix != "" && uri == "":
+	case prefix == "xml" || prefix == "xmlns" || prefix != "" && uri == "":
 		return fmt.Errorf("namespace declaration xmlns:%s=%q", prefix, uri)
 	case slices.ContainsFunc(e.decls, func(d decl) bool { return d.prefix == prefix }):
 		return fmt.Errorf("namespace prefix %q is declared twice", prefix)
