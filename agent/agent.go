@@ -66,6 +66,7 @@ type Deps struct {
 	Lookup     func(ctx context.Context, host string) ([]netip.Addr, error)
 	Attach     func(context.Context, drives.Mount) error
 	Detach     func(target string) error
+	Overlay    func(target string, layers ...string) error
 	Evidence   func(platform, tee string) (evidence.Source, error)
 	KBS        func(cfg guestconfig.KBS, dial Dial) (KBS, error)
 	StartChild func(*exec.Cmd) (wait func() error, err error)
@@ -98,6 +99,8 @@ type agent struct {
 	services *services
 	job      *workload.Supervisor
 	loop     *attest.Loop
+
+	configSource string // what the workload sees as /user_config
 }
 
 // phases is the agent's part of the boot.
@@ -108,6 +111,7 @@ func (a *agent) phases() []boot.Phase {
 		{Name: "handover", Deadline: 5 * s, Code: boot.CodeConfig, Run: a.takeOver},
 		{Name: "ports", Deadline: 10 * s, Code: boot.CodeFirewall, Run: a.ports},
 		{Name: "drives", Deadline: 60 * s, Code: boot.CodeDrive, Run: a.drives},
+		{Name: "user_config", Deadline: 60 * s, Code: boot.CodeUserConfig, Run: a.userConfig},
 		{Name: "api", Deadline: 10 * s, Code: boot.CodeInternal, Run: a.serve},
 		{Name: "containerd", Deadline: 40 * s, Code: boot.CodeContainerd, Run: a.containerd},
 		{Name: "image", Deadline: 60 * s, Code: boot.CodeImage, Run: a.container},
@@ -226,7 +230,7 @@ func (a *agent) end(phase string, err error) {
 	if a.logs != nil {
 		a.logs.close()
 	}
-	for _, target := range []string{a.Paths.UserData, a.Paths.UserConfig, a.Paths.Applog, a.Paths.Scratch} {
+	for _, target := range []string{a.mergedConfig(), a.Paths.UserData, a.Paths.UserConfig, a.Paths.Applog, a.Paths.Scratch} {
 		within(unmountTime, func() { _ = a.Detach(target) })
 	}
 }
@@ -405,7 +409,7 @@ func (a *agent) container(ctx context.Context) error {
 	}
 	program := filepath.Join(p.Bin, "snpguest")
 	binds := []workload.Bind{
-		{Source: p.UserConfig, Target: "/user_config", ReadOnly: true}, // startup scripts run from there
+		{Source: a.configSource, Target: "/user_config", ReadOnly: true}, // startup scripts run from there
 		{Source: p.UserData, Target: "/user_data"},
 		{Source: p.Applog, Target: "/applog", NoExec: true},
 		{Source: a.vault(), Target: "/vault"},

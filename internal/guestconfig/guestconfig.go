@@ -21,6 +21,8 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+
+	"coffer/internal/treedigest"
 )
 
 // Version is the version of the document that this package reads and writes.
@@ -60,6 +62,13 @@ const (
 	ActionLog      = "log"
 )
 
+// How much of user_config the guest vouches for. The host can write to that drive.
+const (
+	IntegrityPinned   = "pinned"   // all of it, as it was built; anything else is refused
+	IntegrityRequired = "required" // the files that are named; the site may change the rest
+	IntegrityOff      = "off"      // nothing
+)
+
 // Config is the guest config.
 type Config struct {
 	Version   int    `json:"version"`
@@ -73,6 +82,7 @@ type Config struct {
 	Network     Network     `json:"network"`
 	Attestation Attestation `json:"attestation"`
 	Workload    Workload    `json:"workload"`
+	UserConfig  UserConfig  `json:"user_config"`
 	Peers       Peers       `json:"peers,omitzero"`
 	API         API         `json:"api,omitzero"`
 }
@@ -206,6 +216,12 @@ type Profile struct {
 	// Lasting is a workload that does not end by itself: an end that nobody asked
 	// for is a failure, even with exit code 0.
 	Lasting bool `json:"lasting,omitempty"`
+}
+
+// UserConfig pins the drive user_config.
+type UserConfig struct {
+	Integrity string          `json:"integrity"`
+	Files     treedigest.Tree `json:"files,omitempty"` // of the drive; all of them where it is pinned
 }
 
 // Handover is what init leaves for the agent in HandoverPath.
@@ -347,6 +363,9 @@ func (p Profile) faults() (faults []string) {
 // ValidCVMID reports whether id has the form cvm_<12 lower-case hex>.
 func ValidCVMID(id string) bool { return cvmID.MatchString(id) }
 
+// ValidHostName reports whether name can stand in /etc/hosts.
+func ValidHostName(name string) bool { return hostName.MatchString(name) }
+
 // ValidResourcePath reports whether p has the three segments a KBS accepts.
 func ValidResourcePath(p string) bool { return resource.MatchString(p) }
 
@@ -445,5 +464,19 @@ func (c *Config) Validate() error {
 		check(err == nil && u.Scheme == "https" && u.Host != "" && u.User == nil && u.Path == "" && u.RawQuery == "", "api.kds %q is not https://host", c.API.KDS)
 	}
 	check(w.MemoryMiB >= 0 && w.PidsMax > 0 && w.TmpMiB > 0, "workload: memory_mib, pids_max or tmp_mib is out of range")
+
+	uc := &c.UserConfig
+	switch uc.Integrity {
+	case IntegrityPinned:
+	case IntegrityRequired:
+		check(len(uc.Files) > 0, "user_config.files is empty, and they are required")
+	case IntegrityOff:
+		check(len(uc.Files) == 0, "user_config.files are listed, and integrity is off")
+	default:
+		check(false, "user_config.integrity %q is not pinned, required or off", uc.Integrity)
+	}
+	if err := uc.Files.Validate(); err != nil {
+		check(false, "user_config.files: %v", err)
+	}
 	return errors.Join(errs...)
 }

@@ -6,6 +6,8 @@ import (
 	"errors"
 	"strings"
 	"testing"
+
+	"coffer/internal/treedigest"
 )
 
 func valid() *Config {
@@ -23,6 +25,8 @@ func valid() *Config {
 		},
 		Attestation: Attestation{CheckFrequency: 120, MaxStaleness: 360, FailureAction: ActionStopJob},
 		Workload:    Workload{ImageName: "a", ImageDigest: "sha256:" + strings.Repeat("d", 64), Env: []string{"A=b"}, PidsMax: 1, TmpMiB: 1},
+		UserConfig: UserConfig{Integrity: IntegrityPinned, Files: treedigest.Tree{
+			{Path: "nvflare", Mode: 0o755}, {Path: "nvflare/a", Mode: 0o600, Size: 1, SHA256: strings.Repeat("e", 64)}, {Path: "nvflare/b", Link: "a"}}},
 	}
 }
 
@@ -43,51 +47,42 @@ func TestRoundTrip(t *testing.T) {
 
 func TestValidate(t *testing.T) {
 	for want, change := range map[string]func(*Config){
-		"version is 2":                   func(c *Config) { c.Version = 2 },
-		"workload.restart \"often\"":     func(c *Config) { c.Workload.Restart = "often" },
-		"profile: remove: \"../x\"":      func(c *Config) { c.Workload.Profile.Remove = []string{"../x"} },
-		"profile: remove: \"[\"":         func(c *Config) { c.Workload.Profile.Remove = []string{"["} },
-		"profile: writable: \"opt\"":     func(c *Config) { c.Workload.Profile.Writable = []string{"opt"} },
-		"profile: certs: \"/opt/certs\"": func(c *Config) { c.Workload.Profile.Certs = "/opt/certs" },
-		"profile: stop_file: \"/x\"":     func(c *Config) { c.Workload.Profile.StopFile = "/x" },
-		"profile: stop_seconds 0":        func(c *Config) { c.Workload.Profile.StopFile = "x" },
-		"peers.min_tcb: \"Rome\"":        func(c *Config) { c.Peers.MinTCB = map[string]TCB{"Rome": {}} },
-		"peers.measurements: \"ab\"":     func(c *Config) { c.Peers.Measurements = []string{"ab"} },
-		"api.resources: \"a/b\"":         func(c *Config) { c.API.Resources = []string{"a/b"} },
-		"gets no disk's key":             func(c *Config) { c.API.Resources = []string{"keys/root/cvm_other"} },
-		"disk's key and no canary":       func(c *Config) { c.API.Resources = []string{c.KBS.CanaryPath} },
-		"api.kds \"http://kds.example\"": func(c *Config) { c.API.KDS = "http://kds.example" },
-		"cvm_id":                         func(c *Config) { c.CVMID = "cvm_0123456789AB" },
-		"platform":                       func(c *Config) { c.Platform = "none" },
-		"tee \"sample\" on":              func(c *Config) { c.TEE = "sample" }, // sample evidence proves nothing
-		"build_time":                     func(c *Config) { c.BuildTime = 0 },
-		"kbs.url":                        func(c *Config) { c.KBS.URL = "http://kbs.example" },
-		"kbs.ca":                         func(c *Config) { c.KBS.CA = "" },
-		"kbs.key_path":                   func(c *Config) { c.KBS.KeyPath = "keys/../root" },
-		"is the key's own path":          func(c *Config) { c.KBS.CanaryPath = c.KBS.KeyPath },
-		"disk.header_sha256":             func(c *Config) { c.Disk.HeaderSHA256 = strings.Repeat("A", 64) },
-		"disk.data_offset":               func(c *Config) { c.Disk.DataOffset = 4096 },
-		"disk.payload_size":              func(c *Config) { c.Disk.PayloadSize = 1<<30 + 1 },
-		"disk.verity.root_hash":          func(c *Config) { c.Disk.Verity.RootHash = "b" },
-		"disk.verity.salt":               func(c *Config) { c.Disk.Verity.Salt = "" },
-		"disk.verity.data_blocks":        func(c *Config) { c.Disk.Verity.DataBlocks = 1 << 40 },
-		"verity.hash_start_block":        func(c *Config) { c.Disk.Verity.HashStartBlock = 1000 },
-		"disk.scratch.offset":            func(c *Config) { c.Disk.Scratch.Offset = 4096 },
-		"disk.scratch.size":              func(c *Config) { c.Disk.Scratch.Size = 1 << 40 },
-		"static.address":                 func(c *Config) { c.Network.Static.Address = "192.0.2.7" },
-		"static.gateway":                 func(c *Config) { c.Network.Static.Gateway = "router" },
-		"static.dns":                     func(c *Config) { c.Network.Static.DNS = []string{"x"} },
-		"port 0/tcp":                     func(c *Config) { c.Network.AllowedPorts[0].Port = 0 },
-		"port 53/icmp":                   func(c *Config) { c.Network.AllowedOutPorts[0].Proto = "icmp" },
-		"is not a host name":             func(c *Config) { c.Network.Hosts = map[string]string{"a b": "10.0.0.1"} },
-		"is not an address":              func(c *Config) { c.Network.Hosts = map[string]string{"a": "1.2.3"} },
-		"check_frequency 0":              func(c *Config) { c.Attestation.CheckFrequency = 0 },
-		"max_staleness 60":               func(c *Config) { c.Attestation.MaxStaleness = 60 },
-		"failure_action":                 func(c *Config) { c.Attestation.FailureAction = "" },
-		"workload.image_name":            func(c *Config) { c.Workload.ImageName = "" },
-		"workload.image_digest":          func(c *Config) { c.Workload.ImageDigest = "latest" },
-		"workload.env \"=x\"":            func(c *Config) { c.Workload.Env = []string{"=x"} },
-		"memory_mib, pids_max":           func(c *Config) { c.Workload.PidsMax = 0 },
+		"version is 2":            func(c *Config) { c.Version = 2 },
+		"cvm_id":                  func(c *Config) { c.CVMID = "cvm_0123456789AB" },
+		"platform":                func(c *Config) { c.Platform = "none" },
+		"tee \"sample\" on":       func(c *Config) { c.TEE = "sample" }, // sample evidence proves nothing
+		"build_time":              func(c *Config) { c.BuildTime = 0 },
+		"kbs.url":                 func(c *Config) { c.KBS.URL = "http://kbs.example" },
+		"kbs.ca":                  func(c *Config) { c.KBS.CA = "" },
+		"kbs.key_path":            func(c *Config) { c.KBS.KeyPath = "keys/../root" },
+		"is the key's own path":   func(c *Config) { c.KBS.CanaryPath = c.KBS.KeyPath },
+		"disk.header_sha256":      func(c *Config) { c.Disk.HeaderSHA256 = strings.Repeat("A", 64) },
+		"disk.data_offset":        func(c *Config) { c.Disk.DataOffset = 4096 },
+		"disk.payload_size":       func(c *Config) { c.Disk.PayloadSize = 1<<30 + 1 },
+		"disk.verity.root_hash":   func(c *Config) { c.Disk.Verity.RootHash = "b" },
+		"disk.verity.salt":        func(c *Config) { c.Disk.Verity.Salt = "" },
+		"disk.verity.data_blocks": func(c *Config) { c.Disk.Verity.DataBlocks = 1 << 40 },
+		"verity.hash_start_block": func(c *Config) { c.Disk.Verity.HashStartBlock = 1000 },
+		"disk.scratch.offset":     func(c *Config) { c.Disk.Scratch.Offset = 4096 },
+		"disk.scratch.size":       func(c *Config) { c.Disk.Scratch.Size = 1 << 40 },
+		"static.address":          func(c *Config) { c.Network.Static.Address = "192.0.2.7" },
+		"static.gateway":          func(c *Config) { c.Network.Static.Gateway = "router" },
+		"static.dns":              func(c *Config) { c.Network.Static.DNS = []string{"x"} },
+		"port 0/tcp":              func(c *Config) { c.Network.AllowedPorts[0].Port = 0 },
+		"port 53/icmp":            func(c *Config) { c.Network.AllowedOutPorts[0].Proto = "icmp" },
+		"is not a host name":      func(c *Config) { c.Network.Hosts = map[string]string{"a b": "10.0.0.1"} },
+		"is not an address":       func(c *Config) { c.Network.Hosts = map[string]string{"a": "1.2.3"} },
+		"check_frequency 0":       func(c *Config) { c.Attestation.CheckFrequency = 0 },
+		"max_staleness 60":        func(c *Config) { c.Attestation.MaxStaleness = 60 },
+		"failure_action":          func(c *Config) { c.Attestation.FailureAction = "" },
+		"workload.image_name":     func(c *Config) { c.Workload.ImageName = "" },
+		"workload.image_digest":   func(c *Config) { c.Workload.ImageDigest = "latest" },
+		"workload.env \"=x\"":     func(c *Config) { c.Workload.Env = []string{"=x"} },
+		"integrity \"\"":          func(c *Config) { c.UserConfig.Integrity = "" },
+		"integrity is off":        func(c *Config) { c.UserConfig.Integrity = IntegrityOff },
+		"files is empty":          func(c *Config) { c.UserConfig = UserConfig{Integrity: IntegrityRequired} },
+		"files: path \"../a\"":    func(c *Config) { c.UserConfig.Files[0].Path = "../a" },
+		"memory_mib, pids_max":    func(c *Config) { c.Workload.PidsMax = 0 },
 	} {
 		c := valid()
 		change(c)

@@ -31,7 +31,7 @@ const DefaultGuestFeatures = 0x1
 const maxVCPUs = 512
 
 var (
-	ErrNoKernelHashes = errors.New("the firmware does not check kernel, initrd and command line: take OVMF.amdsev.fd")
+	ErrNoKernelHashes = errors.New("the firmware does not check kernel, initrd and command line (OVMF.amdsev.fd does)")
 	ErrUnknownCPU     = errors.New("unknown CPU model")
 )
 
@@ -49,6 +49,8 @@ type Input struct {
 	GuestFeatures uint64 // SEV_FEATURES; 0 stands for DefaultGuestFeatures
 	VMM           VMM
 	AfterOVMF     *[48]byte // the digest after the firmware's pages, if it is known already
+
+	cmdlineSum *[32]byte // Explain's, in place of Cmdline's
 }
 
 // VMM is the program that makes the guest. They start vCPUs in different states.
@@ -76,7 +78,30 @@ func Digest(in Input) (*Result, error) {
 	if err != nil {
 		return nil, err
 	}
-	sig := in.CPUSignature
+	if in.AfterOVMF != nil {
+		return (&firmware{ovmf, *in.AfterOVMF}).launch(in)
+	}
+	return (&firmware{ovmf, ovmf.Digest()}).launch(in)
+}
+
+// firmware is a parsed image and the digest after its pages. What varies else
+// is cheap to compute from here.
+type firmware struct {
+	*OVMF
+	digest [48]byte
+}
+
+func newFirmware(image []byte) (*firmware, error) {
+	ovmf, err := ParseOVMF(image)
+	if err != nil {
+		return nil, err
+	}
+	return &firmware{ovmf, ovmf.Digest()}, nil
+}
+
+// launch goes on from the firmware's pages with all of in but OVMF.
+func (f *firmware) launch(in Input) (*Result, error) {
+	sig, err := in.CPUSignature, error(nil)
 	if in.CPU != "" || sig == 0 {
 		if sig, err = CPUSignature(in.CPU); err != nil {
 			return nil, err
@@ -93,25 +118,20 @@ func Digest(in Input) (*Result, error) {
 	}
 	var hashes []byte
 	if in.HasKernel {
-		if hashes, err = hashPage(ovmf, in); err != nil {
+		if hashes, err = hashPage(f.OVMF, in); err != nil {
 			return nil, err
 		}
 	}
 
-	var r Result
-	if in.AfterOVMF != nil {
-		r.AfterOVMF = *in.AfterOVMF
-	} else {
-		r.AfterOVMF = ovmf.Digest()
-	}
-	ld := launch{r.AfterOVMF}
-	for _, s := range ovmf.sections {
+	ld := launch{f.digest}
+	r := Result{AfterOVMF: f.digest}
+	for _, s := range f.sections {
 		if in.VMM != EC2 || s.kind != secCPUID {
 			ld.addSection(s, hashes)
 		}
 	}
 	if in.VMM == EC2 { // the CPUID page comes last
-		for _, s := range ovmf.sections {
+		for _, s := range f.sections {
 			if s.kind == secCPUID {
 				ld.addSection(s, hashes)
 			}
@@ -121,7 +141,7 @@ func Digest(in Input) (*Result, error) {
 	r.VMSABSP = sha512.Sum384(vmsa(in.VMM, bspEIP, sig, in.GuestFeatures))
 	ld.add(pageVMSA, vmsaGPA, r.VMSABSP)
 	if in.VCPUs > 1 {
-		r.VMSAAP = sha512.Sum384(vmsa(in.VMM, ovmf.apEIP, sig, in.GuestFeatures))
+		r.VMSAAP = sha512.Sum384(vmsa(in.VMM, f.apEIP, sig, in.GuestFeatures))
 	}
 	for range in.VCPUs - 1 {
 		ld.add(pageVMSA, vmsaGPA, r.VMSAAP)
@@ -194,6 +214,10 @@ func hashPage(o *OVMF, in Input) ([]byte, error) {
 	if in.HasInitrd {
 		initrd = in.Initrd
 	}
+	cmdline := sha256.Sum256([]byte(in.Cmdline + "\x00"))
+	if in.cmdlineSum != nil {
+		cmdline = *in.cmdlineSum
+	}
 	const (
 		header = 16 + 2
 		entry  = header + 32
@@ -210,7 +234,7 @@ func hashPage(o *OVMF, in Input) ([]byte, error) {
 		id  string
 		sum [32]byte
 	}{
-		{"97d02dd8-bd20-4c94-aa78-e7714d36ab2a", sha256.Sum256([]byte(in.Cmdline + "\x00"))},
+		{"97d02dd8-bd20-4c94-aa78-e7714d36ab2a", cmdline},
 		{"44baf731-3a2f-4bd7-9af1-41e29169781d", initrd},
 		{"4de79437-abd2-427f-b835-d5b172d2045b", in.Kernel},
 	} {
@@ -308,6 +332,12 @@ func Signature(family, model, stepping uint32) uint32 {
 		low, high = 0xf, family-0xf
 	}
 	return high&0xff<<20 | model>>4&0xf<<16 | low<<8 | model&0xf<<4 | stepping&0xf
+}
+
+// HexSHA256 is a firmware's digest as manifests hold it.
+func HexSHA256(b []byte) string {
+	sum := sha256.Sum256(b)
+	return hex.EncodeToString(sum[:])
 }
 
 // HashFile returns the SHA-256 of a file, as Input wants it.
