@@ -7,14 +7,10 @@
 package bundle
 
 import (
-	"archive/tar"
 	"bytes"
 	"cmp"
-	"compress/gzip"
-	"context"
 	"crypto/sha256"
 	_ "embed"
-	"encoding/hex"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -44,9 +40,6 @@ const (
 	ManifestName = "manifest.json"
 )
 
-// Names lists all files of a bundle in the order of its archive.
-var names = []string{ManifestName, Readme, LaunchVM, OVMF, Kernel, Initrd, UserConfig, UserData, Applog, CryptRoot}
-
 // Manifest says what a bundle is made of.
 type Manifest struct {
 	Version       int                     `json:"version"`
@@ -65,6 +58,22 @@ type Manifest struct {
 	KBS           KBS                     `json:"kbs"`
 	Network       guestconfig.Network     `json:"network"`
 	Attestation   guestconfig.Attestation `json:"attestation"`
+	MinTCB        TCB                     `json:"min_tcb"`
+	UserConfig    UserConfigPin           `json:"user_config"`
+}
+
+// TCB is the oldest firmware that gets the key.
+type TCB struct {
+	Bootloader uint8 `json:"bootloader"`
+	TEE        uint8 `json:"tee"`
+	SNP        uint8 `json:"snp"`
+	Microcode  uint8 `json:"microcode"`
+}
+
+// UserConfigPin says what the guest demands of user_config.qcow2.
+type UserConfigPin struct {
+	Integrity string `json:"integrity"`
+	Digest    string `json:"digest"` // of the pinned entries, as the guest prints it
 }
 
 // File is a file of the bundle.
@@ -225,41 +234,23 @@ Launch digests (platform %s):
 	return []byte(b.String())
 }
 
-// Describe hashes the named files of dir.
-func Describe(dir string, names ...string) ([]File, error) {
-	var out []File
-	for _, n := range names {
-		f, err := describe(filepath.Join(dir, n))
-		if err != nil {
-			return nil, err
-		}
-		out = append(out, f)
-	}
-	return out, nil
-}
-
-func describe(path string) (File, error) {
-	f, err := os.Open(path)
+// Marshal writes manifest.json.
+func (m *Manifest) Marshal() ([]byte, error) {
+	slices.SortFunc(m.Files, func(a, b File) int { return cmp.Compare(a.Name, b.Name) })
+	b, err := json.MarshalIndent(m, "", "  ")
 	if err != nil {
-		return File{}, err
+		return nil, err
 	}
-	defer f.Close()
-	h := sha256.New()
-	n, err := io.Copy(h, f)
-	if err != nil {
-		return File{}, fmt.Errorf("hash %s: %w", path, err)
-	}
-	return File{Name: filepath.Base(path), Size: n, SHA256: hex.EncodeToString(h.Sum(nil))}, nil
+	return append(b, '\n'), nil
 }
 
 // WriteManifest writes manifest.json into dir.
 func WriteManifest(dir string, m *Manifest) error {
-	slices.SortFunc(m.Files, func(a, b File) int { return cmp.Compare(a.Name, b.Name) })
-	b, err := json.MarshalIndent(m, "", "  ")
+	b, err := m.Marshal()
 	if err != nil {
 		return err
 	}
-	return os.WriteFile(filepath.Join(dir, ManifestName), append(b, '\n'), 0o644)
+	return os.WriteFile(filepath.Join(dir, ManifestName), b, 0o644)
 }
 
 // ReadManifest reads the manifest of an unpacked bundle.
@@ -269,72 +260,14 @@ func ReadManifest(dir string) (*Manifest, error) {
 		return nil, fmt.Errorf("%s is no bundle: %w", dir, err)
 	}
 	defer f.Close()
-	d := json.NewDecoder(io.LimitReader(f, 16<<20))
+	return ParseManifest(f.Name(), f)
+}
+
+// ParseManifest reads manifest.json; name is for messages.
+func ParseManifest(name string, r io.Reader) (*Manifest, error) {
 	var m Manifest
-	if err := d.Decode(&m); err != nil {
-		return nil, fmt.Errorf("%s: %w", f.Name(), err)
+	if err := json.NewDecoder(io.LimitReader(r, 16<<20)).Decode(&m); err != nil {
+		return nil, fmt.Errorf("%s: %w", name, err)
 	}
 	return &m, nil
-}
-
-// Pack writes all files of dir to w as a gzip'd tar whose top folder is the
-// CVM's id. The members hardly compress, most of them being encrypted: they are
-// stored, which every tar -z reads.
-func Pack(ctx context.Context, w io.Writer, dir string, m *Manifest) error {
-	zw, err := gzip.NewWriterLevel(w, gzip.NoCompression)
-	if err != nil {
-		return err
-	}
-	tw := tar.NewWriter(zw)
-	head := tar.Header{Typeflag: tar.TypeDir, Name: m.CVMID + "/", Mode: 0o755, ModTime: m.Created, Format: tar.FormatPAX}
-	if err := tw.WriteHeader(&head); err != nil {
-		return err
-	}
-	for _, n := range names {
-		if err := packFile(ctx, tw, filepath.Join(dir, n), m); err != nil {
-			return fmt.Errorf("pack %s: %w", n, err)
-		}
-	}
-	if err := tw.Close(); err != nil {
-		return err
-	}
-	return zw.Close()
-}
-
-func packFile(ctx context.Context, tw *tar.Writer, path string, m *Manifest) error {
-	f, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	st, err := f.Stat()
-	if err != nil {
-		return err
-	}
-	mode := int64(0o644)
-	if filepath.Base(path) == LaunchVM {
-		mode = 0o755
-	}
-	head := tar.Header{Typeflag: tar.TypeReg, Name: m.CVMID + "/" + filepath.Base(path), Mode: mode, Size: st.Size(), ModTime: m.Created, Format: tar.FormatPAX}
-	if err := tw.WriteHeader(&head); err != nil {
-		return err
-	}
-	buf := make([]byte, 1<<20)
-	for {
-		if err := ctx.Err(); err != nil {
-			return err
-		}
-		n, err := f.Read(buf)
-		if n > 0 {
-			if _, err := tw.Write(buf[:n]); err != nil {
-				return err
-			}
-		}
-		if err == io.EOF {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-	}
 }

@@ -22,7 +22,7 @@ import (
 func run(t *testing.T, args ...string) (code int, stdout, stderr string) {
 	t.Helper()
 	var out, errOut bytes.Buffer
-	a := &App{Version: "test", Stdout: &out, Stderr: &errOut, JoinOutputs: func() error { return nil }}
+	a := &App{Version: "test", Stdout: &out, Stderr: &errOut}
 	code = a.Run(context.Background(), append([]string{"hostbuild"}, args...))
 	return code, out.String(), errOut.String()
 }
