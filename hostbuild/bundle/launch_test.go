@@ -2,6 +2,7 @@ package bundle
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"encoding/binary"
 	"encoding/xml"
 	"errors"
@@ -88,9 +89,8 @@ func newPlace(t *testing.T, l Launch) *place {
 	for _, n := range []string{OVMF, Kernel, Initrd, CryptRoot, Applog, UserConfig, UserData} {
 		p.write(filepath.Join(p.dir, n), n)
 	}
-	var err error
-	if l.Files, err = Describe(p.dir, Kernel, Initrd, OVMF); err != nil {
-		t.Fatal(err)
+	for _, n := range []string{Kernel, Initrd, OVMF} { // each holds its own name
+		l.Files = append(l.Files, File{Name: n, Size: int64(len(n)), SHA256: fmt.Sprintf("%x", sha256.Sum256([]byte(n)))})
 	}
 	script, err := LaunchScript(l)
 	if err != nil {
