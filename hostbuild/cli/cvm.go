@@ -49,7 +49,7 @@ cvm_build, which is this verb under a name of its own.`,
 			if err != nil {
 				return err
 			}
-			p := cvm.Params{Config: conf, Settings: s, TEE: tee, Progress: a.progress(), Now: now}
+			p := cvm.Params{Config: conf, Settings: s, TEE: tee, Progress: a.progress(), Warn: a.warnOfPolicy(s), Now: now}
 			res, err := cvm.Build(cmd.Context(), p)
 			if a.Terminal {
 				fmt.Fprint(a.Stderr, "\r\x1b[K")

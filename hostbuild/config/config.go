@@ -16,9 +16,9 @@ import (
 	"strconv"
 	"strings"
 
-	"coffer/hostbuild/measure"
 	"coffer/hostbuild/yamlcheck"
 	"coffer/internal/guestconfig"
+	"coffer/internal/measure"
 )
 
 // GB is the unit of the drive sizes.

@@ -35,11 +35,12 @@ import (
 	"coffer/hostbuild/config"
 	"coffer/hostbuild/disk"
 	"coffer/hostbuild/disk/luks2"
-	"coffer/hostbuild/measure"
+	"coffer/hostbuild/policy"
 	"coffer/hostbuild/register"
 	"coffer/hostbuild/settings"
 	"coffer/initramfs"
 	"coffer/internal/guestconfig"
+	"coffer/internal/measure"
 )
 
 // GuestFeatures is SEV_FEATURES as upstream KVM and QEMU 9.1 and later set it: SNPActive.
@@ -53,6 +54,7 @@ type Params struct {
 	// does not know the simulated platform's roots. Only a simulated base takes it.
 	TEE      string
 	Progress func(stage string, done, total int64) // may be nil
+	Warn     func(policy.Finding)                  // about the policy folder's own text; may be nil
 	Now      time.Time                             // the bundle's time; it counts in whole seconds
 
 	rand io.Reader // of tests; nil: crypto/rand
@@ -81,6 +83,7 @@ func Build(ctx context.Context, p Params) (*Result, error) {
 	if err != nil {
 		return nil, err
 	}
+	reg.Warn = p.Warn
 	if err := reg.Check(ctx); err != nil { // before the work, not after it
 		return nil, err
 	}
@@ -109,7 +112,7 @@ func Build(ctx context.Context, p Params) (*Result, error) {
 	}
 
 	p.Progress("register", 0, 0)
-	rule, err := register.RuleOf(m)
+	rule, err := reg.RuleOf(m)
 	if err != nil {
 		return nil, err
 	}

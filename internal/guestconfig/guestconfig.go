@@ -81,6 +81,35 @@ type Config struct {
 	Attestation Attestation `json:"attestation"`
 	Workload    Workload    `json:"workload"`
 	UserConfig  UserConfig  `json:"user_config"`
+	Peers       Peers       `json:"peers,omitzero"`
+	API         API         `json:"api,omitzero"`
+}
+
+// Peers is what the workload's snpguest accepts of other CVMs' reports, beyond
+// what it always asks for.
+type Peers struct {
+	MinTCB       map[string]TCB `json:"min_tcb,omitempty"`      // by product; replaces the built-in minimum
+	Measurements []string       `json:"measurements,omitempty"` // hex; none: any
+	AllowVLEK    bool           `json:"allow_vlek,omitempty"`
+}
+
+// TCB is the lowest security version of each part.
+type TCB struct {
+	FMC        *uint8 `json:"fmc,omitempty"` // Turin alone
+	Bootloader uint8  `json:"bootloader"`
+	TEE        uint8  `json:"tee"`
+	SNP        uint8  `json:"snp"`
+	Microcode  uint8  `json:"microcode"`
+}
+
+// API is what the agent serves to the workload beyond evidence and status.
+type API struct {
+	// Resources are the KBS's resources that the workload may ask for.
+	Resources []string `json:"resources,omitempty"`
+	// LoopbackPort serves the CoCo-compatible part on 127.0.0.1; 0: nowhere.
+	LoopbackPort uint16 `json:"loopback_port,omitempty"`
+	// KDS is where certificates of chips are fetched, https://host; "": nowhere.
+	KDS string `json:"kds,omitempty"`
 }
 
 // KBS says where the key is.
