@@ -39,7 +39,7 @@ func writeFiles(t *testing.T, dir string, files map[string][]byte) {
 // syntheticOVMF is the small firmware of package measure's vectors.
 func syntheticOVMF(t *testing.T) []byte {
 	t.Helper()
-	text, err := os.ReadFile("../measure/testdata/vectors.json")
+	text, err := os.ReadFile("../../internal/measure/testdata/vectors.json")
 	if err != nil {
 		t.Fatal(err)
 	}
