@@ -23,7 +23,7 @@ SOURCES := go.mod go.sum $(shell find agent cmd hostbuild images initramfs inter
 
 PREFIX ?= /usr/local
 
-.PHONY: all deps base install test test-e2e test-oracles bench demo regorus fuzz lint clean
+.PHONY: all deps base install test test-e2e test-oracles bench demo regorus fuzz lint clean test-nvflare
 .DELETE_ON_ERROR:
 
 all: $(MAINS) $(GUEST) bin/init-simulated bin/agent-simulated bin/cvm_build bin/demo-workload bin/bench-idle
@@ -69,7 +69,7 @@ install: bin/hostbuild bin/kbs-client
 
 # Units first; then the scenarios alone, since they time what QEMU does.
 test: all base deps
-	COFFER_TEST_OVMF=$(CURDIR)/build/base/snp/OVMF.amdsev.fd $(GO) test $$($(GO) list ./... | grep -v -e /test/scenarios -e /test/e2e)
+	COFFER_TEST_OVMF=$(CURDIR)/build/base/snp/OVMF.amdsev.fd $(GO) test $$($(GO) list ./... | grep -v -e /test/scenarios -e /test/e2e -e /test/nvflare)
 	$(GO) test -count=1 -timeout 40m -v ./test/scenarios
 test-e2e: all base deps
 	$(GO) test -count=1 -timeout 30m -v ./test/e2e
@@ -78,7 +78,16 @@ test-oracles:
 	@test -x build/oracles/bin/sev-snp-measure || { python3 -m venv build/oracles && build/oracles/bin/pip install -q sev-snp-measure==0.0.13; } || \
 	{ echo "test-oracles: SKIPPED: no python3 with venv and pip, or no package index"; exit 0; }; \
 	PATH=$(CURDIR)/build/oracles/bin:$$PATH COFFER_TEST_OVMF=$(wildcard $(CURDIR)/build/base/snp/OVMF.amdsev.fd) \
-	$(GO) test -count=1 -v -run Oracle ./hostbuild/measure ./internal/snp/idblock
+	$(GO) test -count=1 -v -run Oracle ./internal/measure ./internal/snp/idblock
+# The real NVFlare from PyPI calls our cvm_build.
+NVFLARE := 2.9.0 2.7.3
+test-nvflare: DEPS += $(shell python3 -c 'import ensurepip' 2>/dev/null || echo python3-venv)
+test-nvflare: all base deps $(NVFLARE:%=build/nvflare/%/installed)
+	$(GO) test -count=1 -timeout 20m -v ./test/nvflare
+build/nvflare/%/installed: | deps
+	python3 -m venv --clear $(@D)
+	$(@D)/bin/pip install -q nvflare==$*
+	@touch $@
 bench: all base deps
 	bin/bench
 demo: all base deps
