@@ -154,6 +154,9 @@ func New(cfg Config) (*Client, error) {
 	return c, nil
 }
 
+// CloseIdle closes the connections that are kept for a next call.
+func (c *Client) CloseIdle() { c.transport.CloseIdleConnections() }
+
 func parseCertificates(text []byte) ([]*x509.Certificate, error) {
 	var certs []*x509.Certificate
 	for {

@@ -14,7 +14,7 @@ import (
 const (
 	cookieName  = "kbs-session-id"
 	sessionLife = 5 * time.Minute
-	maxSessions = 10000
+	maxSessions = 10000 // of each kind: waiting and attested
 )
 
 // facts are what the audit says about a guest.
@@ -48,9 +48,9 @@ func (s *session) attested() (string, facts) {
 	return s.token, s.facts
 }
 
-// sessions are the live sessions, at most maxSessions. Anyone can open one, so
-// a flood pushes out the oldest that are not attested, never the attested ones
-// before them.
+// sessions are the live sessions. Anyone can open one, so there is room for as
+// many that wait for their evidence, and for as many that are attested: neither
+// kind pushes out the other, and each loses its oldest.
 type sessions struct {
 	now func() time.Time
 	max int
@@ -82,12 +82,8 @@ func (ss *sessions) open(tee string) *session {
 			ss.drop(l, e)
 		}
 	}
-	for len(ss.byID) >= ss.max {
-		l := ss.waiting
-		if l.Len() == 0 {
-			l = ss.attested
-		}
-		ss.drop(l, l.Front())
+	for ss.waiting.Len() >= ss.max {
+		ss.drop(ss.waiting, ss.waiting.Front())
 	}
 	ss.byID[s.id] = ss.waiting.PushBack(s)
 	return s
@@ -119,6 +115,9 @@ func (ss *sessions) keep(s *session) {
 	defer ss.mu.Unlock()
 	if e, ok := ss.byID[s.id]; ok {
 		ss.waiting.Remove(e)
+		for ss.attested.Len() >= ss.max {
+			ss.drop(ss.attested, ss.attested.Front())
+		}
 		ss.byID[s.id] = ss.attested.PushBack(s)
 	}
 }

@@ -28,16 +28,18 @@ import (
 	"coffer/hostbuild/bundle"
 	"coffer/test/debimage"
 	"coffer/test/harness"
+	"coffer/test/kbsbench"
 )
 
 func main() {
 	bin := flag.String("bin", "bin", "folder of the built programs")
 	base := flag.String("base", "build/base/simulated", "a simulated guest base")
 	runs := flag.Int("runs", 3, "runs of each figure; the median counts")
+	onlyKBS := flag.Bool("kbs", false, "the KBS's figures only; needs no base")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	if err := run(ctx, *bin, *base, *runs); err != nil {
+	if err := run(ctx, *bin, *base, *runs, *onlyKBS); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
@@ -47,7 +49,7 @@ func figure(name string, value float64, unit string, floor float64) {
 	fmt.Printf("bench %s value=%.4g unit=%s floor=%.4g ratio=%.3g\n", name, value, unit, floor, value/floor)
 }
 
-func run(ctx context.Context, bin, base string, runs int) error {
+func run(ctx context.Context, bin, base string, runs int, onlyKBS bool) error {
 	bin, err := filepath.Abs(bin)
 	if err != nil {
 		return err
@@ -60,6 +62,10 @@ func run(ctx context.Context, bin, base string, runs int) error {
 		return err
 	}
 	defer os.RemoveAll(dir)
+	env := &harness.Env{Bin: bin, Base: base, Dir: dir, Log: io.Discard}
+	if err := kbsbench.Run(ctx, env, figure); err != nil || onlyKBS {
+		return err
+	}
 	images, err := filepath.Abs("build/images")
 	if err != nil {
 		return err
@@ -68,7 +74,6 @@ func run(ctx context.Context, bin, base string, runs int) error {
 	if err != nil {
 		return err
 	}
-	env := &harness.Env{Bin: bin, Base: base, Dir: dir, Log: io.Discard}
 	kbs, err := env.StartKBS(ctx, "kbs")
 	if err != nil {
 		return err
@@ -78,8 +83,8 @@ func run(ctx context.Context, bin, base string, runs int) error {
 	if err != nil {
 		return err
 	}
-	b := &bench{env: env, kbs: kbs, settings: settings, archive: archive, runs: runs}
-	for _, f := range []func(context.Context) error{b.build, b.sizes, b.boot, b.keyRelease} {
+	b := &bench{env: env, settings: settings, archive: archive, runs: runs}
+	for _, f := range []func(context.Context) error{b.build, b.sizes, b.boot} {
 		if err := f(ctx); err != nil {
 			return err
 		}
@@ -89,7 +94,6 @@ func run(ctx context.Context, bin, base string, runs int) error {
 
 type bench struct {
 	env      *harness.Env
-	kbs      *harness.KBS
 	settings string
 	archive  string
 	runs     int
