@@ -73,7 +73,7 @@ may show. Genoa has a default, 10.0.23.84. Turin and Milan are refused until the
 given one; Milan's reports can be forged (docs/security.md).`,
 		Example: `  hostbuild kbs serve --dir /srv/kbs --listen 0.0.0.0:8999
   hostbuild kbs serve --dir /srv/kbs --min-tcb Turin=1.1.4.71 --kds https://kdsintf.amd.com`,
-		Args:    usage(cobra.NoArgs),
+		Args: usage(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			var err error
 			if o.Dir, err = yamlcheck.Expand(o.Dir); err != nil {
