@@ -16,7 +16,7 @@ endif
 CGO_BUILD := GOFLAGS= GOOS=linux GOARCH=amd64 GOAMD64=v1 $(GO) build -trimpath -buildvcs=false
 BUILD := CGO_ENABLED=0 $(CGO_BUILD)
 LDFLAGS := -s -w -buildid=
-MAINS := $(addprefix bin/,hostbuild init agent kbs-client simplatform demo bench)
+MAINS := $(addprefix bin/,hostbuild init agent snpguest kbs-client simplatform demo bench)
 GUEST := $(addprefix bin/,containerd containerd-shim-runc-v2 runc)
 BASES := build/base/snp/base.json build/base/simulated/base.json
 SOURCES := go.mod go.sum $(shell find agent cmd hostbuild images initramfs internal kbsclient test -type f ! -name '*_test.go' ! -path '*/testdata/*')
@@ -26,10 +26,10 @@ PREFIX ?= /usr/local
 .PHONY: all deps base install test test-e2e test-oracles bench demo regorus fuzz lint clean test-nvflare
 .DELETE_ON_ERROR:
 
-all: $(MAINS) $(GUEST) bin/init-simulated bin/agent-simulated bin/cvm_build bin/demo-workload bin/bench-idle
+all: $(MAINS) $(GUEST) bin/init-simulated bin/agent-simulated bin/snpguest-simulated bin/cvm_build bin/demo-workload bin/bench-idle
 
 $(MAINS) &: $(SOURCES)
-	$(BUILD) -ldflags "$(LDFLAGS)" -o bin/ ./cmd/hostbuild ./cmd/init ./cmd/agent ./cmd/kbs-client ./test/simplatform ./test/demo ./test/bench
+	$(BUILD) -ldflags "$(LDFLAGS)" -o bin/ ./cmd/hostbuild ./cmd/init ./cmd/agent ./cmd/snpguest ./cmd/kbs-client ./test/simplatform ./test/demo ./test/bench
 	@touch $(MAINS)
 bin/%-simulated: $(SOURCES)
 	$(BUILD) -tags simulated -ldflags "$(LDFLAGS)" -o $@ ./cmd/$*
@@ -58,7 +58,7 @@ deps:
 # The packages of a base stay those of its first build until `make clean`;
 # both bases are made of the same.
 base: $(BASES)
-build/base/%/base.json: bin/hostbuild bin/init bin/agent bin/init-simulated bin/agent-simulated $(GUEST) | deps
+build/base/%/base.json: bin/hostbuild bin/init bin/agent bin/snpguest bin/init-simulated bin/agent-simulated bin/snpguest-simulated $(GUEST) | deps
 	bin/hostbuild base build --platform $* --programs bin --out build/base/$* --cache build/cache \
 	$$(ls build/base/*/base.lock 2>/dev/null | head -n 1 | sed 's/^/--locked /')
 build/base/simulated/base.json: build/base/snp/base.json
