@@ -23,7 +23,7 @@ SOURCES := go.mod go.sum $(shell find agent cmd hostbuild images initramfs inter
 
 PREFIX ?= /usr/local
 
-.PHONY: all deps base install test test-e2e bench demo fuzz lint clean
+.PHONY: all deps base install test test-e2e bench demo regorus fuzz lint clean
 .DELETE_ON_ERROR:
 
 all: $(MAINS) $(GUEST) bin/init-simulated bin/agent-simulated bin/cvm_build bin/demo-workload bin/bench-idle
@@ -77,6 +77,10 @@ bench: all base deps
 	bin/bench
 demo: all base deps
 	bin/demo
+# Both of Trustee's policy engines judge the generated policy anew; needs cargo.
+regorus:
+	cargo build --release --locked --manifest-path test/regorus/Cargo.toml --target-dir build/regorus
+	$(GO) test -count=1 ./hostbuild/policy -run '^TestRegorus$$' -regorus $(CURDIR)/build/regorus/release/regorus-oracle
 fuzz:
 	@grep -rlE '^func Fuzz' --include='*_test.go' . | sort | while read -r file; do \
 	for target in $$(sed -n 's/^func \(Fuzz[A-Za-z0-9_]*\)(.*/\1/p' $$file); do \

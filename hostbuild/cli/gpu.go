@@ -84,7 +84,7 @@ what the device was, not when.`,
 
 // evidence reads the files, and the nonce that the report must have.
 func (o *gpuFlags) evidence() (e gpu.Evidence, nonce [32]byte, err error) {
-	if e.Report, err = readReport(o.report); err != nil {
+	if e.Report, err = readGPUReport(o.report); err != nil {
 		return e, nonce, err
 	}
 	if e.Chain, err = os.ReadFile(o.certs); err != nil {
@@ -103,7 +103,7 @@ func (o *gpuFlags) evidence() (e gpu.Evidence, nonce [32]byte, err error) {
 	return e, [32]byte(b), nil
 }
 
-func readReport(path string) ([]byte, error) {
+func readGPUReport(path string) ([]byte, error) {
 	b, err := os.ReadFile(path)
 	if err != nil {
 		return nil, fmt.Errorf("report: %w", err)

@@ -11,10 +11,13 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"unicode"
 
 	"coffer/hostbuild/yamlcheck"
+	"coffer/internal/snp"
+	"coffer/internal/snp/verify"
 )
 
 // Settings are a build host's. All paths are absolute.
@@ -27,8 +30,14 @@ type Settings struct {
 	AdminKey    string // PKCS#8 PEM file of the KBS's admin key
 	PolicyDir   string // folder with policy.rego, the master copy
 
+	AdminIssuer, AdminAudience string // iss and aud of admin tokens; empty: kbsclient's
+
+	MinTCB map[string]snp.TCB // what rules ask of a guest's firmware, by product
+
 	BaseDir   string // a guest base made by `hostbuild base build`
 	OutputDir string // where bundles go
+	CacheDir  string // of converted layers
+	CacheSize int64  // bytes that it may have; 0: no cache
 	Warnings  []string
 }
 
@@ -70,12 +79,19 @@ func Read(path string) (*Settings, error) {
 	s.KBSGuestURL = kbs.String("guest_url", s.KBSURL)
 	kbs.Required("ca", "PEM file of the authority that signed the KBS's certificate")
 	s.KBSCA = kbs.Path("ca")
-	kbs.Required("admin_key", "PEM file of the KBS's admin key")
 	s.AdminKey = kbs.Path("admin_key")
+	s.AdminIssuer, s.AdminAudience = kbs.String("admin_issuer", ""), kbs.String("admin_audience", "")
 	kbs.Finish()
 
 	m.Required("policy_dir", "folder of the master copy policy.rego")
 	s.PolicyDir = m.Path("policy_dir")
+	if s.AdminKey == "" && s.PolicyDir != "" { // the folder as the deployment guide lays it out
+		s.AdminKey = filepath.Join(s.PolicyDir, "private.key")
+		if _, err := os.Stat(s.AdminKey); err != nil {
+			kbs.Faultf("admin_key", "missing, and so is %s: PEM file of the KBS's admin key", s.AdminKey)
+		}
+	}
+	s.MinTCB = minTCB(m)
 	m.Required("base_dir", "folder of a guest base, made by `hostbuild base build`")
 	s.BaseDir = m.Path("base_dir")
 	if s.OutputDir = m.Path("output_dir"); s.OutputDir == "" {
@@ -86,7 +102,36 @@ func Read(path string) (*Settings, error) {
 	if strings.ContainsFunc(s.OutputDir, unicode.IsSpace) {
 		m.Faultf("output_dir", "%q holds a blank, and NVFlare reads the bundle's path only up to one", s.OutputDir)
 	}
+	s.CacheSize = m.Int("cache_size_gb", 20, 0, 65536) << 30
+	if s.CacheDir = m.Path("cache_dir"); s.CacheDir == "" && s.CacheSize > 0 {
+		if s.CacheDir, err = yamlcheck.Expand("~/.cache/coffer"); err != nil {
+			s.CacheSize = 0 // no home folder, no cache
+		}
+	}
 	m.Finish()
 	s.Warnings = doc.Warnings()
 	return s, doc.Err()
+}
+
+// minTCB reads min_tcb; without it, the verifier's default holds.
+func minTCB(m *yamlcheck.Map) map[string]snp.TCB {
+	if !m.Has("min_tcb") {
+		return verify.DefaultMinTCB()
+	}
+	products := m.Map("min_tcb")
+	min := map[string]snp.TCB{}
+	for _, product := range products.Keys() {
+		t := products.Map(product)
+		part := func(key string) uint8 { return uint8(t.Int(key, 0, 0, 255)) }
+		min[product] = snp.TCB{Bootloader: part("bootloader"), TEE: part("tee"), SNP: part("snp"), Microcode: part("microcode")}
+		t.Finish()
+		if !slices.Contains([]string{"Milan", "Genoa", "Turin"}, product) {
+			products.Faultf(product, "must be Milan, Genoa or Turin")
+		}
+	}
+	if len(min) == 0 {
+		m.Faultf("min_tcb", "names no product, so every guest would be refused; 0 accepts any version of a part")
+	}
+	products.Finish()
+	return min
 }
