@@ -99,7 +99,7 @@ regorus:
 fuzz:
 	@grep -rlE '^func Fuzz' --include='*_test.go' . | sort | while read -r file; do \
 	for target in $$(sed -n 's/^func \(Fuzz[A-Za-z0-9_]*\)(.*/\1/p' $$file); do \
-	echo "fuzz: $$file $$target"; $(GO) test -run '^$$' -fuzz "^$$target$$" -fuzztime $(FUZZTIME) ./$$(dirname $$file) </dev/null || exit 1; done; done
+	echo "fuzz: $$file $$target"; $(GO) test -run '^$$' -fuzz "^$$target$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 20x ./$$(dirname $$file) </dev/null || exit 1; done; done
 lint:
 	@test -z "$$(git ls-files "*.go" | xargs gofmt -l | tee /dev/stderr)" || { echo "lint: run gofmt -w on these files"; exit 1; }
 	$(GO) vet ./...

@@ -211,11 +211,7 @@ func (r *rig) build(t *testing.T) *Result {
 // rules lists the CVMs that have a rule.
 func (r *rig) rules(t *testing.T) []string {
 	t.Helper()
-	reg, err := register.Open(r.settings)
-	if err != nil {
-		t.Fatal(err)
-	}
-	rules, err := reg.Rules()
+	rules, err := register.Rules(r.settings.PolicyDir)
 	if err != nil {
 		t.Fatal(err)
 	}
