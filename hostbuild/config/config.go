@@ -84,6 +84,7 @@ func build(doc *yamlcheck.Doc, m *yamlcheck.Map) (*Config, error) {
 
 	if m.Has("include") {
 		m.Faultf("include", "NVFlare resolves include: only for itself and hands it over unresolved; write the keys into this file")
+		return c, doc.Err() // other faults may be for what is missing here
 	}
 	if v := m.String("compute_env", "onprem_cvm"); v != "onprem_cvm" {
 		m.Faultf("compute_env", "%q switches confidential computing off at NVFlare; only onprem_cvm is a CVM", v)
