@@ -96,7 +96,7 @@ func (r *rig) write(t *testing.T, name string, data []byte) {
 // writeBase makes a base of small files that has all that base.Open asks for.
 func writeBase(t *testing.T, dir string) {
 	t.Helper()
-	vectors, err := os.ReadFile("../measure/testdata/vectors.json")
+	vectors, err := os.ReadFile("../../internal/measure/testdata/vectors.json")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -131,7 +131,7 @@ func writeBase(t *testing.T, dir string) {
 		data []byte
 	}{
 		{"vmlinuz", []byte("kernel")}, {"initrd-base.img", []byte("an initrd")}, {"OVMF.amdsev.fd", ovmf}, {"ca-certificates.crt", []byte("CAs\n")},
-		{"bin/agent", bytes.Repeat([]byte("agent"), 10000)}, {"bin/containerd", []byte("c")}, {"bin/containerd-shim-runc-v2", []byte("s")}, {"bin/runc", []byte("r")},
+		{"bin/agent", bytes.Repeat([]byte("agent"), 10000)}, {"bin/containerd", []byte("c")}, {"bin/containerd-shim-runc-v2", []byte("s")}, {"bin/runc", []byte("r")}, {"bin/snpguest", []byte("g")},
 	} {
 		if err := os.WriteFile(filepath.Join(dir, f.name), f.data, 0o644); err != nil {
 			t.Fatal(err)
@@ -543,7 +543,7 @@ func TestClearUp(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		rule, err := register.RuleOf(&bundle.Manifest{CVMID: id, TEE: "snp", KBS: bundle.KBS{KeyPath: keyPath(id), CanaryPath: canaryPath(id)},
+		rule, err := reg.RuleOf(&bundle.Manifest{CVMID: id, TEE: "snp", KBS: bundle.KBS{KeyPath: keyPath(id), CanaryPath: canaryPath(id)},
 			LaunchDigests: []bundle.LaunchDigest{{Digest: strings.Repeat("ab", 48)}}})
 		if err != nil {
 			t.Fatal(err)
