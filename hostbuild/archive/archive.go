@@ -59,6 +59,9 @@ type Image struct {
 	Cmd          []string
 	DiffIDs      []string // sha256:<hex>, lowest layer first
 	Platform     string   // linux/amd64
+	// PythonModules are those installed in any layer; who takes the layers in
+	// fills them in.
+	PythonModules []string
 }
 
 // Layer is one layer of the image.

@@ -9,6 +9,7 @@ package bundle
 import (
 	"bytes"
 	"cmp"
+	"crypto/sha256"
 	_ "embed"
 	"encoding/json"
 	"fmt"
@@ -49,13 +50,30 @@ type Manifest struct {
 	Files         []File                  `json:"files"` // all but the manifest
 	Cmdline       string                  `json:"cmdline"`
 	LaunchDigests []LaunchDigest          `json:"launch_digests"`
-	GuestFeatures string                  `json:"guest_features"` // SEV_FEATURES, hex
+	GuestFeatures string                  `json:"guest_features"`     // SEV_FEATURES, hex
+	IDBlock       *IDBlock                `json:"id_block,omitempty"` // where the owner signed the launch digests
 	Base          Base                    `json:"base"`
 	Image         Image                   `json:"image"`
 	Disk          guestconfig.Disk        `json:"disk"`
 	KBS           KBS                     `json:"kbs"`
 	Network       guestconfig.Network     `json:"network"`
 	Attestation   guestconfig.Attestation `json:"attestation"`
+	MinTCB        TCB                     `json:"min_tcb"`
+	UserConfig    UserConfigPin           `json:"user_config"`
+}
+
+// TCB is the oldest firmware that gets the key.
+type TCB struct {
+	Bootloader uint8 `json:"bootloader"`
+	TEE        uint8 `json:"tee"`
+	SNP        uint8 `json:"snp"`
+	Microcode  uint8 `json:"microcode"`
+}
+
+// UserConfigPin says what the guest demands of user_config.qcow2.
+type UserConfigPin struct {
+	Integrity string `json:"integrity"`
+	Digest    string `json:"digest"` // of the pinned entries, as the guest prints it
 }
 
 // File is a file of the bundle.
@@ -71,6 +89,16 @@ type LaunchDigest struct {
 	VCPUs  int    `json:"vcpus"`
 	Digest string `json:"digest"` // hex
 }
+
+// IDBlock says what the owner's ID blocks make every report of this CVM hold.
+type IDBlock struct {
+	KeyDigest string `json:"id_key_digest"` // hex, SHA-384 of the owner's public key
+	ImageID   string `json:"image_id"`      // the CVM's id as 16 bytes of ASCII, hex
+}
+
+// GuestPolicy is the SNP launch policy of every bundle: SMT allowed, no
+// debugging, no migration agent.
+const GuestPolicy = 0x30000
 
 // Base names the guest base and the packages in it.
 type Base struct {
@@ -125,7 +153,15 @@ type Launch struct {
 	MemoryMiB int64
 	Cmdline   string
 	Ports     []guestconfig.Port
-	Files     []File // of these, the measured ones are checked at the start
+	Files     []File          // of these, the measured ones are checked at the start
+	IDBlocks  []SignedIDBlock // one for each shape, or none
+}
+
+// SignedIDBlock is the ID block of one shape of the VM, as QEMU takes it.
+type SignedIDBlock struct {
+	CPU         string
+	VCPUs       int
+	Block, Auth string // base64
 }
 
 // LaunchScript renders launch_vm.sh.
@@ -152,6 +188,7 @@ func LaunchScript(l Launch) ([]byte, error) {
 			return nil, fmt.Errorf("launch_vm.sh: %q cannot stand in a shell script", s)
 		}
 	}
+	mac := sha256.Sum256([]byte(l.CVMID)) // two bundles on one bridge must differ
 	t := template.Must(template.New("launch_vm.sh").Funcs(template.FuncMap{
 		"join": func(s []string) string { return strings.Join(s, " ") },
 	}).Parse(launchTemplate))
@@ -159,7 +196,8 @@ func LaunchScript(l Launch) ([]byte, error) {
 	err := t.Execute(&b, map[string]any{
 		"CVMID": l.CVMID, "Platform": l.Platform, "Simulated": l.Platform == guestconfig.PlatformSimulated,
 		"CPUModels": l.CPUModels, "VCPUs": vcpus, "Cmdline": l.Cmdline, "TCPPorts": tcp, "UDPPorts": udp,
-		"MemoryMiB": l.MemoryMiB, "Sums": strings.Join(sums, "\n"),
+		"MemoryMiB": l.MemoryMiB, "MAC": fmt.Sprintf("52:54:00:%02x:%02x:%02x", mac[0], mac[1], mac[2]),
+		"Policy": fmt.Sprintf("%#x", uint64(GuestPolicy)), "IDBlocks": l.IDBlocks, "Sums": strings.Join(sums, "\n"),
 	})
 	return b.Bytes(), err
 }

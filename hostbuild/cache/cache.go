@@ -1,7 +1,7 @@
 // Package cache keeps what image archives were converted to, so that the next
 // bundle from the same archive need not decode it again.
 //
-// Below DIR/v1 lie
+// Below DIR/v2 lie
 //
 //	layers/HEX      a layer by its diff ID: its blob (superblock, tar, index), the
 //	                verity hash of each block of it, and a seal over those
@@ -42,7 +42,7 @@ import (
 )
 
 const (
-	version   = "v1"
+	version   = "v2"
 	blockSize = 4096
 	hashSize  = sha256.Size
 	sealSize  = sha256.Size

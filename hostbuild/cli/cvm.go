@@ -10,10 +10,12 @@ import (
 
 	"coffer/hostbuild/config"
 	"coffer/hostbuild/cvm"
+	"coffer/hostbuild/yamlcheck"
 )
 
 func (a *App) cvm() *cobra.Command {
 	var sample bool
+	var idKey string
 	c := &cobra.Command{
 		Use:   "cvm CONFIG.yaml",
 		Short: "Build a bundle and register it at the KBS",
@@ -27,7 +29,7 @@ cvm_build, which is this verb under a name of its own.`,
 		Example: "  hostbuild cvm CONFIG.yaml\n  cvm_build CONFIG.yaml",
 		Args:    usage(cobra.ExactArgs(1)),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if err := a.JoinOutputs(); err != nil {
+			if err := a.joinOutputs(); err != nil {
 				return err
 			}
 			conf, err := config.Read(args[0])
@@ -41,6 +43,11 @@ cvm_build, which is this verb under a name of its own.`,
 			if err != nil {
 				return err
 			}
+			if idKey != "" {
+				if s.IDKey, err = yamlcheck.Expand(idKey); err != nil {
+					return err
+				}
+			}
 			tee := "snp"
 			if sample {
 				tee = "sample"
@@ -49,7 +56,7 @@ cvm_build, which is this verb under a name of its own.`,
 			if err != nil {
 				return err
 			}
-			p := cvm.Params{Config: conf, Settings: s, TEE: tee, Progress: a.progress(), Now: now}
+			p := cvm.Params{Config: conf, Settings: s, TEE: tee, Progress: a.progress(), Warn: a.warnOfPolicy(s), Now: now}
 			res, err := cvm.Build(cmd.Context(), p)
 			if a.Terminal {
 				fmt.Fprint(a.Stderr, "\r\x1b[K")
@@ -66,6 +73,7 @@ cvm_build, which is this verb under a name of its own.`,
 		},
 	}
 	c.Flags().BoolVar(&sample, "sample", false, "attest with Trustee's `sample` evidence instead of reports; simulated base only")
+	c.Flags().StringVar(&idKey, "id-key", "", "PEM file of a P-384 key that signs an ID block for each launch digest (default: id_key of the settings)")
 	return c
 }
 

@@ -11,6 +11,7 @@ import (
 
 	"coffer/hostbuild/kbs"
 	"coffer/hostbuild/yamlcheck"
+	"coffer/internal/snp/verify"
 )
 
 func (a *App) kbs() *cobra.Command {
@@ -56,13 +57,19 @@ base_dir: /path/of/a/base # made by: hostbuild base build
 func (a *App) kbsServe() *cobra.Command {
 	var o kbs.Options
 	var listen, dialect, roots string
+	var minTCB []string
 	c := &cobra.Command{
 		Use:   "serve",
 		Short: "Serve keys over HTTPS",
-		Long: `Serves the protocol of Trustee's KBS. Each decision is one line on standard error.
-It stops in order on SIGTERM.`,
-		Example: "  hostbuild kbs serve --dir /srv/kbs --listen 0.0.0.0:8999",
-		Args:    usage(cobra.NoArgs),
+		Long: `Serves the protocol of Trustee's KBS. Each decision is one line on standard error;
+figures are at /metrics, and /healthz answers while it serves. It stops in order on SIGTERM.
+
+--min-tcb is bootloader/tee/snp/microcode, the lowest firmware that a product's reports
+may show. Genoa has a default, 10/0/23/84. Turin and Milan are refused until they are
+given one; Milan's reports can be forged (docs/security.md).`,
+		Example: `  hostbuild kbs serve --dir /srv/kbs --listen 0.0.0.0:8999
+  hostbuild kbs serve --dir /srv/kbs --min-tcb Turin=1/1/1/4/71 --kds https://kdsintf.amd.com`,
+		Args: usage(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			var err error
 			if o.Dir, err = yamlcheck.Expand(o.Dir); err != nil {
@@ -72,6 +79,14 @@ It stops in order on SIGTERM.`,
 				if o.SimulatedRoots, err = os.ReadFile(roots); err != nil {
 					return err
 				}
+			}
+			o.MinTCB = verify.DefaultMinTCB()
+			for _, m := range minTCB {
+				product, min, err := parseMinTCB(m)
+				if err != nil {
+					return err
+				}
+				o.MinTCB[product] = min
 			}
 			o.Dialect = kbs.Dialect(dialect)
 			o.Logger = slog.New(slog.NewTextHandler(a.Stderr, nil))
@@ -90,6 +105,11 @@ It stops in order on SIGTERM.`,
 	f.StringVar(&o.Dir, "dir", "", "the folder that `kbs init` made")
 	f.StringVar(&listen, "listen", "127.0.0.1:8999", "address to listen at")
 	f.StringVar(&dialect, "dialect", string(kbs.DialectH), "T (2025-07, as NVFlare pins it) or H (2026-08)")
+	f.StringArrayVar(&minTCB, "min-tcb", nil, "`PRODUCT=bootloader/tee/snp/microcode`, Turin with its fmc first; may be repeated (default: Genoa alone)")
+	f.StringVar(&o.KDS, "kds", "", "URL of AMD's KDS or of a mirror, for VCEKs that evidence lacks (default: none is asked)")
+	f.Float64Var(&o.Rate, "rate", 200, "requests a second of one address; 0: any number")
+	f.StringVar(&o.AdminIssuer, "admin-issuer", "", "iss that admin tokens must name (dialect H; default any)")
+	f.StringVar(&o.AdminAudience, "admin-audience", "", "aud that admin tokens must name (dialect H; default any)")
 	f.StringVar(&roots, "simulated-roots", "", "PEM file of simulated chips' roots; needs --allow-simulated")
 	f.BoolVar(&o.AllowSimulated, "allow-simulated", false, "accept simulated evidence: for tests, never for real secrets")
 	c.MarkFlagRequired("dir")

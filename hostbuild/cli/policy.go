@@ -2,11 +2,15 @@ package cli
 
 import (
 	"fmt"
+	"maps"
+	"slices"
 
 	"github.com/spf13/cobra"
 
 	"coffer/hostbuild/bundle"
+	"coffer/hostbuild/policy"
 	"coffer/hostbuild/register"
+	"coffer/hostbuild/settings"
 )
 
 func (a *App) registrar() (*register.Registrar, error) {
@@ -14,7 +18,17 @@ func (a *App) registrar() (*register.Registrar, error) {
 	if err != nil {
 		return nil, err
 	}
-	return register.Open(s)
+	r, err := register.Open(s)
+	if err != nil {
+		return nil, err
+	}
+	r.Warn = a.warnOfPolicy(s)
+	return r, nil
+}
+
+// warnOfPolicy prints what is doubtful in the master copy.
+func (a *App) warnOfPolicy(s *settings.Settings) func(policy.Finding) {
+	return func(f policy.Finding) { a.warn([]string{fmt.Sprintf("%s/policy.rego, %s", s.PolicyDir, f)}) }
 }
 
 func (a *App) policy() *cobra.Command {
@@ -28,11 +42,11 @@ func (a *App) policy() *cobra.Command {
 			if err != nil {
 				return err
 			}
-			rule, err := register.RuleOf(m)
+			r, err := a.registrar()
 			if err != nil {
 				return err
 			}
-			r, err := a.registrar()
+			rule, err := r.RuleOf(m)
 			if err != nil {
 				return err
 			}
@@ -68,15 +82,15 @@ its next boot gets no key. The key itself stays at the KBS: "policy add" undoes 
 	}
 	list := &cobra.Command{
 		Use:     "list",
-		Short:   "List the CVMs that have a rule",
+		Short:   "List the CVMs that have a rule, with each launch digest that gets their key",
 		Example: "  hostbuild policy list",
 		Args:    usage(cobra.NoArgs),
 		RunE: func(*cobra.Command, []string) error {
-			r, err := a.registrar()
+			s, err := a.settings()
 			if err != nil {
 				return err
 			}
-			rules, err := r.Rules()
+			rules, err := register.Rules(s.PolicyDir)
 			if err != nil {
 				return err
 			}
@@ -84,9 +98,84 @@ its next boot gets no key. The key itself stays at the KBS: "policy add" undoes 
 				for _, d := range rule.Digests {
 					fmt.Fprintf(a.Stdout, "%s %x\n", rule.CVMID, d)
 				}
+				if rule.TEE == policy.TEESample {
+					fmt.Fprintf(a.Stdout, "%s sample evidence: anybody\n", rule.CVMID)
+				}
 			}
 			return nil
 		},
 	}
-	return group("policy", "The KBS's rules: one key for one CVM", add, remove, list)
+	show := &cobra.Command{
+		Use:   "show [CVM_ID]",
+		Short: "Print the master copy of the policy, or what one CVM's rule says",
+		Long: `Prints policy.rego of the policy folder, byte for byte, or one rule of it. What is
+doubtful in the text is printed as warnings on standard error.`,
+		Example: "  hostbuild policy show\n  hostbuild policy show cvm_0123456789ab",
+		Args:    usage(cobra.MaximumNArgs(1)),
+		RunE: func(_ *cobra.Command, args []string) error {
+			s, err := a.settings()
+			if err != nil {
+				return err
+			}
+			if len(args) == 1 {
+				return a.showRule(s, args[0])
+			}
+			text, findings, err := register.Text(s.PolicyDir)
+			if err != nil {
+				return err
+			}
+			for _, f := range findings {
+				a.warnOfPolicy(s)(f)
+			}
+			_, err = a.Stdout.Write(text)
+			return err
+		},
+	}
+	apply := &cobra.Command{
+		Use:   "apply",
+		Short: "Check the master copy and give it to the KBS as it stands",
+		Long: `For text that people wrote into policy.rego, and for a KBS that lost its policy. A
+text that a KBS would read as a release to everyone is refused.`,
+		Example: "  hostbuild policy apply",
+		Args:    usage(cobra.NoArgs),
+		RunE: func(cmd *cobra.Command, _ []string) error {
+			r, err := a.registrar()
+			if err != nil {
+				return err
+			}
+			if err := r.Apply(cmd.Context()); err != nil {
+				return err
+			}
+			fmt.Fprintln(a.Stdout, "the KBS has the policy")
+			return nil
+		},
+	}
+	return group("policy", "The KBS's rules: one key for one CVM", add, remove, list, show, apply)
+}
+
+// showRule prints a rule, one fact a line.
+func (a *App) showRule(s *settings.Settings, cvmID string) error {
+	rules, err := register.Rules(s.PolicyDir)
+	if err != nil {
+		return err
+	}
+	rule, ok := rules.Get(cvmID)
+	if !ok {
+		return fmt.Errorf("%s has no rule; `hostbuild policy list` shows those that have", cvmID)
+	}
+	fmt.Fprintf(a.Stdout, "cvm %s\nevidence %s\n", rule.CVMID, rule.TEE)
+	if rule.Simulated {
+		fmt.Fprintln(a.Stdout, "evidence of a simulated chip too")
+	}
+	for _, p := range rule.Paths {
+		fmt.Fprintln(a.Stdout, "resource", p)
+	}
+	for _, d := range rule.Digests {
+		fmt.Fprintf(a.Stdout, "launch digest %x\n", d)
+	}
+	for _, product := range slices.Sorted(maps.Keys(rule.MinTCB)) {
+		t := rule.MinTCB[product]
+		fmt.Fprintf(a.Stdout, "minimum TCB %s: bootloader %d, tee %d, snp %d, microcode %d\n", product, t.Bootloader, t.TEE, t.SNP, t.Microcode)
+	}
+	return nil
 }

@@ -19,7 +19,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
 	"maps"
 	"os"
 	"path/filepath"
@@ -36,11 +35,12 @@ import (
 	"coffer/hostbuild/config"
 	"coffer/hostbuild/disk"
 	"coffer/hostbuild/disk/luks2"
-	"coffer/hostbuild/measure"
+	"coffer/hostbuild/policy"
 	"coffer/hostbuild/register"
 	"coffer/hostbuild/settings"
 	"coffer/initramfs"
 	"coffer/internal/guestconfig"
+	"coffer/internal/measure"
 )
 
 // GuestFeatures is SEV_FEATURES as upstream KVM and QEMU 9.1 and later set it: SNPActive.
@@ -54,6 +54,7 @@ type Params struct {
 	// does not know the simulated platform's roots. Only a simulated base takes it.
 	TEE      string
 	Progress func(stage string, done, total int64) // may be nil
+	Warn     func(policy.Finding)                  // about the policy folder's own text; may be nil
 	Now      time.Time                             // the bundle's time; it counts in whole seconds
 
 	rand io.Reader // of tests; nil: crypto/rand
@@ -74,13 +75,18 @@ func Build(ctx context.Context, p Params) (*Result, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := checkInputs(p.Config); err != nil {
+	in, err := checkInputs(p.Config, s)
+	if err != nil {
+		return nil, err
+	}
+	if _, err := readIDKey(s.IDKey); err != nil {
 		return nil, err
 	}
 	reg, err := register.Open(s)
 	if err != nil {
 		return nil, err
 	}
+	reg.Warn = p.Warn
 	if err := reg.Check(ctx); err != nil { // before the work, not after it
 		return nil, err
 	}
@@ -100,7 +106,7 @@ func Build(ctx context.Context, p Params) (*Result, error) {
 		return nil, err
 	}
 	defer clear(key)
-	m, cacheErr, err := pack(ctx, p, guestBase, string(reg.CA), w, key, store)
+	m, cacheErr, err := pack(ctx, p, guestBase, string(reg.CA), w, key, store, in)
 	if err != nil {
 		return nil, err
 	}
@@ -109,7 +115,7 @@ func Build(ctx context.Context, p Params) (*Result, error) {
 	}
 
 	p.Progress("register", 0, 0)
-	rule, err := register.RuleOf(m)
+	rule, err := reg.RuleOf(m)
 	if err != nil {
 		return nil, err
 	}
@@ -151,6 +157,12 @@ func openBase(p Params) (*base.Base, error) {
 	if p.TEE == "sample" && b.Platform != guestconfig.PlatformSimulated {
 		return nil, fmt.Errorf("sample evidence works on the simulated platform alone, and the base %s is for %s", dir, b.Platform)
 	}
+	if p.Settings.OVMF != "" {
+		b.OVMF = p.Settings.OVMF
+	}
+	if _, err := measure.ReadOVMF(b.OVMF); err != nil {
+		return nil, err
+	}
 	return b, nil
 }
 
@@ -164,23 +176,6 @@ func openCache(s *settings.Settings) (*cache.Cache, []string) {
 		return nil, []string{err.Error()}
 	}
 	return c, nil
-}
-
-// checkInputs fails early on files that are not there.
-func checkInputs(c *config.Config) error {
-	var errs []error
-	check := func(key, path string) {
-		if _, err := os.Stat(path); errors.Is(err, fs.ErrNotExist) {
-			errs = append(errs, fmt.Errorf("%s: %s is not there", key, path))
-		} else if err != nil {
-			errs = append(errs, fmt.Errorf("%s: %w", key, err))
-		}
-	}
-	check("docker_archive", c.DockerArchive)
-	for name, path := range c.UserConfig {
-		check("user_config."+name, path)
-	}
-	return errors.Join(errs...)
 }
 
 func newID(rand io.Reader) (string, error) {
@@ -206,8 +201,9 @@ func newPassphrase(rand io.Reader) ([]byte, error) {
 
 // pack writes the whole bundle: crypt_root straight into the archive, beside it
 // the small drives into the work folder, and then all the rest.
-func pack(ctx context.Context, p Params, b *base.Base, ca string, w *work, key []byte, store *cache.Cache) (m *bundle.Manifest, cacheErr, err error) {
-	f, err := os.OpenFile(w.tgz(), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o644)
+func pack(ctx context.Context, p Params, b *base.Base, ca string, w *work, key []byte, store *cache.Cache, in inputs) (m *bundle.Manifest, cacheErr, err error) {
+	// user_config holds private keys of the site: the bundle is for its owner alone.
+	f, err := os.OpenFile(w.tgz(), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -221,12 +217,15 @@ func pack(ctx context.Context, p Params, b *base.Base, ca string, w *work, key [
 	if err != nil {
 		return nil, nil, err
 	}
+	if err := in.checkImage(root.Image.PythonModules); err != nil {
+		return nil, nil, err
+	}
 	p.Progress("pack", 0, 0)
 	cryptRoot, err := member.Close()
 	if err != nil {
 		return nil, nil, err
 	}
-	gc := guestConfig(p, w.id, ca, b, root)
+	gc := guestConfig(p, w.id, ca, b, root, in.pinned)
 	m, err = assemble(a, cryptRoot, w.dir, gc, b, root, p)
 	if err != nil {
 		return nil, nil, err
@@ -302,7 +301,7 @@ func rootFiles(b *base.Base) []disk.File {
 func keyPath(id string) string    { return "keys/root/" + id }
 func canaryPath(id string) string { return "keys/canary/" + id }
 
-func guestConfig(p Params, id, ca string, b *base.Base, root *disk.Root) *guestconfig.Config {
+func guestConfig(p Params, id, ca string, b *base.Base, root *disk.Root, pinned guestconfig.UserConfig) *guestconfig.Config {
 	c := p.Config
 	w := c.Workload
 	w.ImageName, w.ImageDigest = root.Image.Name, root.Image.Digest
@@ -313,7 +312,7 @@ func guestConfig(p Params, id, ca string, b *base.Base, root *disk.Root) *guestc
 			Serial: "crypt_root", HeaderSHA256: root.HeaderSHA256, DataOffset: root.DataOffset, PayloadSize: root.PayloadSize,
 			Verity: root.Verity, Scratch: root.Scratch,
 		},
-		Network: c.Network, Attestation: c.Attestation, Workload: w,
+		Network: c.Network, Attestation: c.Attestation, Workload: w, UserConfig: pinned,
 	}
 }
 
@@ -325,7 +324,9 @@ func assemble(a *bundle.Archive, cryptRoot bundle.File, dir string, gc *guestcon
 		Base:  bundle.Base{ID: b.ID, KernelVersion: b.KernelVersion},
 		Image: bundle.Image{Name: root.Image.Name, Digest: root.Image.Digest, ConfigDigest: root.Image.ConfigDigest, DiffIDs: root.Image.DiffIDs},
 		Disk:  gc.Disk, KBS: bundle.KBS{URL: gc.KBS.URL, KeyPath: gc.KBS.KeyPath, CanaryPath: gc.KBS.CanaryPath},
-		Network: gc.Network, Attestation: gc.Attestation, Files: []bundle.File{cryptRoot},
+		Network: gc.Network, Attestation: gc.Attestation, MinTCB: bundle.TCB(p.Config.MinTCB),
+		UserConfig: bundle.UserConfigPin{Integrity: gc.UserConfig.Integrity, Digest: gc.UserConfig.Files.Digest()},
+		Files:      []bundle.File{cryptRoot},
 	}
 	for _, pk := range b.Packages {
 		m.Base.Packages = append(m.Base.Packages, bundle.Package{Name: pk.Name, Version: pk.Version, SHA256: pk.SHA256})
@@ -352,9 +353,13 @@ func assemble(a *bundle.Archive, cryptRoot bundle.File, dir string, gc *guestcon
 	if m.LaunchDigests, err = predict(m, b.OVMF, p.Config.CPUModels, p.Config.VCPUs); err != nil {
 		return nil, err
 	}
+	blocks, err := signShapes(m, p.Settings.IDKey)
+	if err != nil {
+		return nil, err
+	}
 	script, err := bundle.LaunchScript(bundle.Launch{
 		CVMID: gc.CVMID, Platform: gc.Platform, CPUModels: p.Config.CPUModels, VCPUs: p.Config.VCPUs, MemoryMiB: p.Config.MemoryMiB,
-		Cmdline: m.Cmdline, Ports: gc.Network.AllowedPorts, Files: m.Files,
+		Cmdline: m.Cmdline, Ports: gc.Network.AllowedPorts, Files: m.Files, IDBlocks: blocks,
 	})
 	if err != nil {
 		return nil, err

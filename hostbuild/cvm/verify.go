@@ -189,7 +189,8 @@ func rebuild(ctx context.Context, v VerifyParams, dir string, m *bundle.Manifest
 	if err != nil {
 		return nil, err
 	}
-	if err := checkInputs(p.Config); err != nil {
+	in, err := checkInputs(p.Config, p.Settings)
+	if err != nil {
 		return nil, err
 	}
 	ca, err := os.ReadFile(p.Settings.KBSCA)
@@ -220,7 +221,7 @@ func rebuild(ctx context.Context, v VerifyParams, dir string, m *bundle.Manifest
 	if err != nil {
 		return nil, err
 	}
-	return assemble(a, cryptRoot, dir, guestConfig(p, m.CVMID, string(ca), b, root), b, root, p)
+	return assemble(a, cryptRoot, dir, guestConfig(p, m.CVMID, string(ca), b, root, in.pinned), b, root, p)
 }
 
 // differences lists the places where two manifests differ.

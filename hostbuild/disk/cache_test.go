@@ -46,7 +46,7 @@ func TestCachedLayers(t *testing.T) {
 		t.Error("the cache gives another drive")
 	}
 
-	entry := filepath.Join(dir, "v1/layers", digestOf(layer))
+	entry := filepath.Join(dir, "v2/layers", digestOf(layer))
 	for name, off := range map[string]int64{"tar": 1 << 20, "hashes": -100, "seal": -1} {
 		f, err := os.OpenFile(entry, os.O_RDWR, 0)
 		if err != nil {

@@ -12,6 +12,7 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
@@ -207,6 +208,8 @@ type rootBuilder struct {
 	out    *payload
 	tree   *erofs.Tree
 	blobs  []blob // of the layers, as they came
+
+	modules []string // Python's, of all layers
 }
 
 // blob is a layer in the root.
@@ -279,10 +282,16 @@ func (b *rootBuilder) image(ctx context.Context) (*archive.Result, error) {
 	if b.source.cached() {
 		return b.source.image, b.fromCache(ctx)
 	}
-	return archive.Read(ctx, b.p.Archive, archive.Options{
+	image, err := archive.Read(ctx, b.p.Archive, archive.Options{
 		Ref: b.p.ImageRef, Layer: b.layer,
 		Progress: func(done, total int64) { b.p.Progress("archive", done, total) },
 	})
+	if err != nil {
+		return nil, err
+	}
+	slices.Sort(b.modules)
+	image.Image.PythonModules = slices.Compact(b.modules)
+	return image, nil
 }
 
 // layer writes a layer's blob: its superblock, its tar as it is, and its index.
@@ -311,6 +320,7 @@ func (b *rootBuilder) layer(index int, r io.Reader) error {
 	if err := copies.appendTo(out); err != nil {
 		return err
 	}
+	b.modules = append(b.modules, pythonModules(tree)...)
 	super, size, err := tree.Finish(out, b.out.off-bl.start)
 	if err != nil {
 		return fmt.Errorf("layer %d: %w", index+1, err)
@@ -321,6 +331,16 @@ func (b *rootBuilder) layer(index int, r io.Reader) error {
 		bl.entry.EndBlob(super)
 	}
 	return nil
+}
+
+// pythonModules are the names that Python finds in a layer's folders of packages.
+func pythonModules(layer *erofs.Tree) []string {
+	var modules []string
+	for _, name := range layer.In("site-packages", "dist-packages") {
+		name, _, _ = strings.Cut(name, ".") // of a module in one file
+		modules = append(modules, name)
+	}
+	return modules
 }
 
 // spool keeps what has to wait, in a file that is made on the first write.

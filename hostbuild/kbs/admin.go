@@ -25,7 +25,10 @@ const (
 var errNoBearer = errors.New("Failed to parse HTTP Auth Bearer header")
 
 // adminVerifier holds the public key of the administrators.
-type adminVerifier struct{ key ed25519.PublicKey }
+type adminVerifier struct {
+	key              ed25519.PublicKey
+	issuer, audience string // wanted in dialect H, unless empty
+}
 
 func loadAdmin(file string) (adminVerifier, error) {
 	b, err := os.ReadFile(file)
@@ -44,7 +47,7 @@ func loadAdmin(file string) (adminVerifier, error) {
 	if !ok {
 		return adminVerifier{}, fmt.Errorf("%s: not an Ed25519 key", adminPubFile)
 	}
-	return adminVerifier{pub}, nil
+	return adminVerifier{key: pub}, nil
 }
 
 // bearer returns the token of an Authorization header.
@@ -58,7 +61,7 @@ func bearer(header string) (string, error) {
 
 // check verifies the token of an Authorization header: EdDSA with the admin
 // key, exp required, exp, nbf and iat with a minute's leeway; dialect H also
-// wants the role `admin`. Trustee's older server lives with tokens that never
+// wants the role `admin`, and issuer and audience where they are configured. Trustee's older server lives with tokens that never
 // expire; this one does not.
 func (v adminVerifier) check(header string, d Dialect, now time.Time) error {
 	tok, err := bearer(header)
@@ -77,6 +80,8 @@ func (v adminVerifier) check(header string, d Dialect, now time.Time) error {
 		Nbf  *jwt.NumericDate `json:"nbf"`
 		Iat  *jwt.NumericDate `json:"iat"`
 		Role *string          `json:"role"`
+		Iss  string           `json:"iss"`
+		Aud  jwt.Audience     `json:"aud"`
 	}
 	if err := parsed.Claims(v.key, &claims); err != nil {
 		return err
@@ -97,6 +102,12 @@ func (v adminVerifier) check(header string, d Dialect, now time.Time) error {
 		}
 		if *claims.Role != adminRole {
 			return fmt.Errorf("role %.40q is not allowed", *claims.Role)
+		}
+		if v.issuer != "" && claims.Iss != v.issuer {
+			return fmt.Errorf("issuer %.40q is not %q", claims.Iss, v.issuer)
+		}
+		if v.audience != "" && !claims.Aud.Contains(v.audience) {
+			return fmt.Errorf("the audience is not %q", v.audience)
 		}
 	}
 	return nil

@@ -2,12 +2,14 @@ package kbs
 
 import (
 	"bytes"
+	"context"
 	"crypto/sha512"
 	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
+	"maps"
 	"slices"
 	"strings"
 
@@ -153,14 +155,7 @@ func (b bound) digest() [48]byte {
 		`,"nonce":` + canonical(b.nonce) + `,"tee-pubkey":{` + key.String() + `}}`))
 }
 
-func sortedKeys(m map[string]string) []string {
-	keys := make([]string, 0, len(m))
-	for k := range m {
-		keys = append(keys, k)
-	}
-	slices.Sort(keys)
-	return keys
-}
+func sortedKeys[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }
 
 // canonical writes a string as RFC 8785 does.
 func canonical(s string) string {
@@ -194,7 +189,7 @@ func canonical(s string) string {
 const teeSample = "sample"
 
 // attestOnce verifies an attestation in a session and returns its token.
-func (s *Server) attestOnce(sess *session, a attestation) (string, facts, error) {
+func (s *Server) attestOnce(ctx context.Context, sess *session, a attestation) (string, facts, error) {
 	f := facts{tee: sess.tee}
 	b, err := a.parse()
 	if err != nil {
@@ -203,8 +198,9 @@ func (s *Server) attestOnce(sess *session, a attestation) (string, facts, error)
 	if b.nonce != sess.nonce {
 		return "", f, errors.New("the nonce is not this session's")
 	}
-	if len(a.initData) != 0 && string(a.initData) != "null" {
-		return "", f, errors.New("init-data is not supported by this server: send null")
+	init, err := parseInitData(a.initData)
+	if err != nil {
+		return "", f, err
 	}
 	if b.additional != "" {
 		return "", f, errors.New("additional (device) evidence is not supported by this server: send an empty string")
@@ -222,7 +218,7 @@ func (s *Server) attestOnce(sess *session, a attestation) (string, facts, error)
 		look, err = s.verifySample(b.primary, digest, evidence, refs)
 		f.simulated = true
 	case "snp":
-		look, err = s.verifySNP(b.primary, digest, evidence, refs, &f)
+		look, err = s.verifySNP(ctx, b.primary, digest, init, evidence, refs, &f)
 	default:
 		err = fmt.Errorf("tee %q is not supported by this server", sess.tee)
 	}
@@ -263,7 +259,7 @@ func (s *Server) verifySample(primary json.RawMessage, digest [48]byte, evidence
 }
 
 // verifySNP checks an SNP report and adds its claims to evidence.
-func (s *Server) verifySNP(primary json.RawMessage, digest [48]byte, evidence map[string]any, refs map[string]any, f *facts) (appraisal, error) {
+func (s *Server) verifySNP(ctx context.Context, primary json.RawMessage, digest [48]byte, init *initData, evidence map[string]any, refs map[string]any, f *facts) (appraisal, error) {
 	raw, certs, err := snp.ParseEvidenceJSON(primary)
 	if err != nil {
 		return appraisal{}, err
@@ -278,8 +274,13 @@ func (s *Server) verifySNP(primary json.RawMessage, digest [48]byte, evidence ma
 	}
 	var want [64]byte
 	copy(want[:], digest[:])
-	if f.simulated, err = s.verify(r, certs, want); err != nil {
+	res, err := s.verify(ctx, r, certs, want)
+	if err != nil {
 		return appraisal{}, err
+	}
+	f.simulated = res.Simulated
+	if init != nil && init.hostData != r.HostData {
+		return appraisal{}, errors.New("the digest of the init-data is not the report's HOST_DATA")
 	}
 	encode := base64.StdEncoding.EncodeToString
 	if s.dialect == DialectH {
@@ -306,6 +307,10 @@ func (s *Server) verifySNP(primary json.RawMessage, digest [48]byte, evidence ma
 	evidence["report_data"] = encode(r.ReportData[:])
 	evidence["init_data"] = encode(r.HostData[:])
 	evidence["init_data_claims"] = nil
+	if init != nil {
+		evidence["init_data_claims"] = init.claims
+	}
+	evidence["product"] = res.Product
 	evidence["snp"] = claims
 	return appraiseSNP(claims, refs), nil
 }

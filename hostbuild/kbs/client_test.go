@@ -74,7 +74,7 @@ func TestWithOurClient(t *testing.T) {
 		if err := admin.SetResource(ctx, keyPath, []byte(secret)); err != nil {
 			t.Fatal(err)
 		}
-		err = folder.Update(ctx, func(rs *policy.Rules) error {
+		_, err = folder.Update(ctx, func(rs *policy.Rules) error {
 			return errors.Join(
 				rs.Put(policy.Rule{CVMID: "one", Paths: []string{keyPath}, Digests: [][48]byte{measurement}, Simulated: true}),
 				rs.Put(policy.Rule{CVMID: "smp", Paths: []string{"keys/root/smp"}, TEE: policy.TEESample}))
@@ -122,7 +122,7 @@ func TestWithOurClient(t *testing.T) {
 			t.Fatal(err)
 		}
 		defer session.Close()
-		err = folder.Update(ctx, func(rs *policy.Rules) error { rs.Remove("one"); return nil }, upload)
+		_, err = folder.Update(ctx, func(rs *policy.Rules) error { rs.Remove("one"); return nil }, upload)
 		if err != nil {
 			t.Fatal(err)
 		}

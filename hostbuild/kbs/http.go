@@ -72,14 +72,21 @@ func (s *Server) Handler() http.Handler { return http.HandlerFunc(s.serve) }
 
 func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 	start := time.Now()
-	s.metrics.add("http_requests_total")
 	defer s.inFlight.Add(-1)
 	c := &call{Request: r}
 	out := reply{status: http.StatusServiceUnavailable}
-	if s.inFlight.Add(1) <= maxInFlight {
+	switch {
+	case s.inFlight.Add(1) > maxInFlight:
+		s.metrics.add("http_requests_refused_total")
+	case !s.limiter.allow(r.RemoteAddr):
+		s.metrics.add("http_requests_refused_total")
+		out.status = http.StatusTooManyRequests
+	default:
 		out = s.route(w, c)
 	}
-	s.audit(c, time.Since(start))
+	took := time.Since(start)
+	s.metrics.request(took, len(c.body), len(out.body))
+	s.audit(c, took)
 	clear(c.body)
 
 	h := w.Header()
@@ -143,7 +150,7 @@ func (s *Server) route(w http.ResponseWriter, c *call) reply {
 			return reply{status: http.StatusMethodNotAllowed}
 		}
 		return reply{status: http.StatusOK, contentType: "text/plain; charset=utf-8", body: s.metrics.text()}
-	case path == "/healthz" && s.dialect == DialectH && c.Method == http.MethodGet:
+	case path == "/healthz" && c.Method == http.MethodGet:
 		return reply{status: http.StatusOK}
 	}
 	rest, ok := strings.CutPrefix(path, prefix)
@@ -248,11 +255,15 @@ func (s *Server) attest(c *call) reply {
 	s.metrics.add("attestation_requests_total")
 	sess, token, err := s.attestSession(c)
 	if err != nil {
-		s.metrics.add("attestation_errors_total")
+		if c.facts.tee != "" {
+			s.metrics.addTEE("attestation_failures_total", c.facts.tee)
+		} else {
+			s.metrics.add("attestation_errors_total")
+		}
 		c.refuse(refused, err)
 		return fail("AttestationError", "Attestation error: RCAR handshake Attest failed")
 	}
-	s.metrics.add("attestation_successes_total")
+	s.metrics.addTEE("attestation_successes_total", c.facts.tee)
 	c.verdict = attested
 	return withCookie(sess, []byte(`{"token":"`+token+`"}`))
 }
@@ -278,7 +289,7 @@ func (s *Server) attestSession(c *call) (*session, string, error) {
 		c.facts, c.reason = sess.facts, "this session is attested already: its token again"
 		return sess, sess.token, nil
 	}
-	token, f, err := s.attestOnce(sess, a)
+	token, f, err := s.attestOnce(c.Context(), sess, a)
 	c.facts = f
 	if err != nil {
 		return nil, "", err

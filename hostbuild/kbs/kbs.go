@@ -19,12 +19,13 @@
 //   - A policy that old Trustee would read as "allow all" is refused.
 //   - `sample` evidence and simulated chips need Options.AllowSimulated, and
 //     every token about them says `simulated`.
-//   - RSA1_5, additional (device) evidence and init-data are refused.
+//   - RSA1_5 and additional (device) evidence are refused.
+//   - Tokens about SNP reports name the chip's product, beside Trustee's claims.
 //
-// What it does not know: it fetches no certificates from AMD (a VCEK comes with
-// the evidence or from the folder vcek/), evaluates no attestation policy (the
-// appraisal in a token is Trustee's default one) and keeps no state in memory
-// but sessions of five minutes.
+// What it does not know: it evaluates no attestation policy (the appraisal in a
+// token is Trustee's default one) and keeps no state in memory but sessions of
+// five minutes. A VCEK comes with the evidence, from the folder vcek/, or from
+// the KDS that Options names.
 package kbs
 
 import (
@@ -41,6 +42,7 @@ import (
 	"time"
 
 	"coffer/internal/snp"
+	"coffer/internal/snp/verify"
 )
 
 // Dialect names the generation of Trustee whose wire forms the server speaks.
@@ -68,6 +70,18 @@ type Options struct {
 	// verify.DefaultMinTCB, which has Genoa only.
 	MinTCB map[string]snp.TCB
 
+	// KDS is the address of AMD's key distribution service or of a mirror, such
+	// as https://kdsintf.amd.com, to fetch VCEKs from that evidence lacks; they
+	// are kept in the folder vcek/. Empty: nothing is fetched.
+	KDS string
+
+	// Rate is how many requests a second one address may send; 0: any number.
+	Rate float64
+
+	// AdminIssuer and AdminAudience are what admin tokens must name as iss and
+	// aud in dialect H; empty: they are not looked at.
+	AdminIssuer, AdminAudience string
+
 	Logger *slog.Logger     // audit and startup lines; nil: slog.Default()
 	Now    func() time.Time // nil: time.Now
 }
@@ -84,9 +98,9 @@ const (
 	maxConnections = 1024
 )
 
-// verifyReport checks an SNP report for the evidence's certificates and report
-// data, and says whether its chip is a simulated one.
-type verifyReport func(r *snp.Report, certs []snp.Cert, reportData [64]byte) (simulated bool, err error)
+// verifyReport checks an SNP report by the evidence's certificates and for the
+// report data.
+type verifyReport func(ctx context.Context, r *snp.Report, certs []snp.Cert, reportData [64]byte) (*verify.Result, error)
 
 // Server is one key broker. Its methods may be called concurrently.
 type Server struct {
@@ -102,6 +116,7 @@ type Server struct {
 	engine    *engine
 	verify    verifyReport
 	metrics   *metrics
+	limiter   limiter
 	inFlight  atomic.Int32
 }
 
@@ -126,6 +141,11 @@ func New(o Options) (*Server, error) {
 	if err := s.open(o); err != nil {
 		return nil, fmt.Errorf("kbs: open %s (made by `hostbuild kbs init`): %w", o.Dir, err)
 	}
+	if o.Rate < 0 {
+		return nil, fmt.Errorf("kbs: rate %g: must not be negative", o.Rate)
+	}
+	s.limiter = limiter{rate: o.Rate, now: s.now, buckets: map[string]*bucket{}}
+	s.admin.issuer, s.admin.audience = o.AdminIssuer, o.AdminAudience
 	s.engine = newEngine(s.dialect)
 	s.sessions = newSessions(s.now)
 	if s.simulated {

@@ -1,7 +1,9 @@
 package kbs
 
 import (
+	"context"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"path"
 	"slices"
@@ -29,19 +31,29 @@ func reportVerifier(o Options, d Dialect, st *store, now func() time.Time) (veri
 	if d == DialectT {
 		highest = 4 // Trustee's older verifier knows no more
 	}
-	return func(r *snp.Report, certs []snp.Cert, reportData [64]byte) (bool, error) {
-		if !slices.ContainsFunc(certs, func(c snp.Cert) bool { return c.Type == snp.VCEK || c.Type == snp.VLEK }) {
-			der, err := st.vcek(vcekNames(r)...)
-			if err != nil {
-				return false, err
-			}
-			certs = append(certs, snp.Cert{Type: snp.VCEK, Data: der})
+	mirror, err := newKDS(o.KDS, now)
+	if err != nil {
+		return nil, err
+	}
+	return func(ctx context.Context, r *snp.Report, certs []snp.Cert, reportData [64]byte) (*verify.Result, error) {
+		options := verify.Options{Roots: roots, Now: now(), ReportData: &reportData, MaxVersion: highest, MinTCB: minimum}
+		if slices.ContainsFunc(certs, func(c snp.Cert) bool { return c.Type == snp.VCEK || c.Type == snp.VLEK }) {
+			return verify.Verify(r, certs, options)
 		}
-		res, err := verify.Verify(r, certs, verify.Options{Roots: roots, Now: now(), ReportData: &reportData, MaxVersion: highest, MinTCB: minimum})
+		names := vcekNames(r)
+		der, err := st.vcek(names...)
+		fetched := errors.Is(err, errNoVCEK) && mirror != nil
+		if fetched {
+			der, err = mirror.vcek(ctx, r)
+		}
 		if err != nil {
-			return false, err
+			return nil, err
 		}
-		return res.Simulated, nil
+		res, err := verify.Verify(r, append(certs, snp.Cert{Type: snp.VCEK, Data: der}), options)
+		if err == nil && fetched { // now it is known to be AMD's
+			err = st.write(path.Join(vcekDir, names[0]), der)
+		}
+		return res, err
 	}, nil
 }
 

@@ -133,7 +133,7 @@ func checkSNPClaims(t *testing.T, d Dialect, token string, chip *simsnp.Chip) {
 	if report["measurement"] != want || report["policy_debug_allowed"] != false || report["reported_tcb_microcode"] != float64(chip.TCB.Microcode) {
 		t.Errorf("claims %v", report)
 	}
-	if got := keysOf(evidenceOf(claims)); !strings.HasPrefix(got, "{init_data,init_data_claims,report_data,runtime_data_claims{additional-evidence,nonce,tee-pubkey{alg,crv,kty,x,y}},simulated,snp{") {
+	if got := keysOf(evidenceOf(claims)); !strings.HasPrefix(got, "{init_data,init_data_claims,product,report_data,runtime_data_claims{additional-evidence,nonce,tee-pubkey{alg,crv,kty,x,y}},simulated,snp{") {
 		t.Errorf("annotated evidence %s", got)
 	}
 }

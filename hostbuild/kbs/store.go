@@ -13,6 +13,12 @@ import (
 	"regexp"
 	"strings"
 	"sync"
+	"time"
+)
+
+const (
+	newPrefix = ".new-" // of files being written; no resource's name begins with a dot
+	sweepAge  = time.Hour
 )
 
 const segment = `[a-zA-Z0-9_\-]+[a-zA-Z0-9_\-.]*`
@@ -32,7 +38,26 @@ func openStore(dir string) (*store, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &store{root: root}, nil
+	st := &store{root: root}
+	return st, st.sweep()
+}
+
+// sweep removes what a server that was killed was writing: files that were never
+// acknowledged. Young ones may be another server's.
+func (st *store) sweep() error {
+	return fs.WalkDir(st.root.FS(), ".", func(name string, d fs.DirEntry, err error) error {
+		if err != nil || !strings.HasPrefix(d.Name(), newPrefix) {
+			return err
+		}
+		fi, err := d.Info()
+		if err == nil && time.Since(fi.ModTime()) > sweepAge {
+			err = st.root.Remove(name)
+		}
+		if errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+		return err
+	})
 }
 
 // resource reads a resource. The caller wipes it.
@@ -102,6 +127,8 @@ func (st *store) addReferences(add map[string]any) error {
 	return st.write(referenceFile, b)
 }
 
+var errNoVCEK = errors.New("no VCEK in the evidence")
+
 // vcek returns the DER of the first of names that is there.
 func (st *store) vcek(names ...string) ([]byte, error) {
 	for _, name := range names {
@@ -110,7 +137,7 @@ func (st *store) vcek(names ...string) ([]byte, error) {
 			return b, err
 		}
 	}
-	return nil, fmt.Errorf("no VCEK in the evidence, and none of %s in the folder %s", strings.Join(names, ", "), vcekDir)
+	return nil, fmt.Errorf("%w, and none of %s in the folder %s", errNoVCEK, strings.Join(names, ", "), vcekDir)
 }
 
 func (st *store) read(name string) ([]byte, error) {
@@ -139,7 +166,7 @@ func (st *store) write(name string, data []byte) error {
 	if err := st.root.MkdirAll(dir, 0o700); err != nil {
 		return err
 	}
-	tmp := path.Join(dir, ".new-"+rand.Text()) // no resource's name begins with a dot
+	tmp := path.Join(dir, newPrefix+rand.Text())
 	f, err := st.root.OpenFile(tmp, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 	if err != nil {
 		return err

@@ -137,27 +137,42 @@ func word(c byte) bool {
 	return c == '_' || c >= '0' && c <= '9' || c >= 'a' && c <= 'z' || c >= 'A' && c <= 'Z'
 }
 
-// Check finds what is wrong with a whole policy text: what old Trustee would
-// read as a release to everyone, what one of the two generations of Trustee
-// would refuse, a damaged block, and rules of people that allow without a look
-// at the resource's path.
+// Check finds what is wrong with a whole policy text. Errors: what old Trustee
+// would read as a release to everyone, what it or both generations of Trustee
+// would refuse, a damaged block. Warnings: rules of people that allow without a
+// look at the resource's path, and texts in Rego v0, as NVFlare documents them,
+// which serve old Trustee but which new Trustee refuses.
 func Check(text []byte) []Finding {
 	out := FailOpen(text)
-	mod, err := ast.ParseModuleWithOpts("policy.rego", string(text), ast.ParserOptions{RegoVersion: ast.RegoV1})
-	if err != nil {
-		return append(out, syntax(err)...)
+	parse := func(v ast.RegoVersion) (*ast.Module, error) {
+		mod, err := ast.ParseModuleWithOpts("policy.rego", string(text), ast.ParserOptions{RegoVersion: v})
+		if err == nil && mod == nil {
+			err = errors.New("the text is empty")
+		}
+		return mod, err
+	}
+	// Rego v0, with the import where there is one, is what old Trustee reads.
+	mod, errNew := parse(ast.RegoV1)
+	old, errOld := parse(ast.RegoV0)
+	switch {
+	case errNew != nil && errOld != nil:
+		return append(out, syntax(errNew)...)
+	case errNew != nil:
+		mod = old
+		for _, f := range syntax(errNew) {
+			f.Level = Warning
+			f.Message = "Rego v0, which Trustee since v0.17 refuses with all the rest of this text: " + f.Message +
+				"; to serve both, write `if` before each rule's body and put `import rego.v1` below the package line"
+			out = append(out, f)
+		}
+	case errOld != nil && len(out) == 0:
+		for _, f := range syntax(errOld) {
+			f.Message = "old Trustee (Rego v0): " + f.Message + "; put `import rego.v1` below the package line"
+			out = append(out, f)
+		}
 	}
 	if mod.Package.Path.String() != "data.policy" {
 		out = append(out, Finding{Line: mod.Package.Location.Row, Level: Error, Message: "the package must be `policy`: a KBS asks for data.policy.allow"})
-	}
-	if len(out) == 0 {
-		// Rego v0 with the import, as old Trustee reads it.
-		if _, err := ast.ParseModuleWithOpts("policy.rego", string(text), ast.ParserOptions{RegoVersion: ast.RegoV0}); err != nil {
-			for _, f := range syntax(err) {
-				f.Message = "old Trustee (Rego v0): " + f.Message + "; put `import rego.v1` below the package line"
-				out = append(out, f)
-			}
-		}
 	}
 	before, block, _, err := split(text)
 	first, last := 0, 0

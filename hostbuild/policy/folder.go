@@ -103,51 +103,81 @@ func (e *CheckError) Error() string {
 }
 
 // Update changes hostbuild's rules under the folder's lock: it reads the master
-// copy, lets edit change the rules, checks the new text, hands it to apply
-// (which uploads it; nil does nothing) and then replaces the master copy. When
-// edit, the check or apply fails, the master copy stays as it was; after a
-// failed apply the KBS may or may not have the new text: call Update again.
-// apply is also called when edit changed nothing, so that a second call repeats
-// the upload.
-func (f *Folder) Update(ctx context.Context, edit func(*Rules) error, apply func(ctx context.Context, text []byte) error) error {
+// copy, lets edit change the rules, checks the new text, puts it in the master
+// copy's place and hands it to apply (which uploads it; nil does nothing). When
+// edit, the check or apply fails, the master copy is the old one; after a failed
+// apply the KBS may or may not have the new text: call Update again. apply is
+// also called when edit changed nothing, so that a second call repeats the
+// upload. The findings are warnings about text of people.
+func (f *Folder) Update(ctx context.Context, edit func(*Rules) error, apply func(ctx context.Context, text []byte) error) ([]Finding, error) {
 	unlock, err := f.lock(ctx)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	defer unlock()
 	text, err := f.Text()
 	if err != nil {
-		return err
+		return nil, err
 	}
 	before, rules, after, err := f.parse(text)
 	if err != nil {
-		return err
+		return nil, err
 	}
 	if err := edit(&rules); err != nil {
-		return err
+		return nil, err
 	}
 	next := bytes.Join([][]byte{before, renderBlock(rules), after}, nil)
 	if len(next) > maxSize {
-		return fmt.Errorf("policy %s would be larger than %d bytes, more than a KBS takes", f.Path(), maxSize)
+		return nil, fmt.Errorf("policy %s would be larger than %d bytes, more than a KBS takes", f.Path(), maxSize)
 	}
 	findings := Check(next)
 	if slices.ContainsFunc(findings, func(fd Finding) bool { return fd.Level == Error }) {
-		return &CheckError{Path: f.Path(), Findings: findings}
+		return nil, &CheckError{Path: f.Path(), Findings: findings}
 	}
-	tmp, err := f.stage(next)
-	if err != nil {
+	if err := f.swap(next, func() error {
+		if apply == nil {
+			return nil
+		}
+		return apply(ctx, next)
+	}); err != nil {
+		return nil, err
+	}
+	return findings, nil
+}
+
+// swap puts text in the master copy's place in one step, runs apply, and puts
+// the old one back if it fails.
+func (f *Folder) swap(text []byte, apply func() error) error {
+	old, err := os.ReadFile(f.Path())
+	isNew := errors.Is(err, fs.ErrNotExist)
+	if err != nil && !isNew {
+		return fmt.Errorf("read policy: %w", err)
+	}
+	// Both files are made first: a full disk shows before anything has changed.
+	var names [2]string
+	for i, b := range [][]byte{text, old} {
+		if names[i], err = f.stage(b); err != nil {
+			return fmt.Errorf("write policy: %w", err)
+		}
+		defer os.Remove(names[i])
+	}
+	if err := errors.Join(os.Rename(names[0], f.Path()), syncDir(f.dir)); err != nil {
 		return fmt.Errorf("write policy: %w", err)
 	}
-	defer os.Remove(tmp)
-	if apply != nil {
-		if err := apply(ctx, next); err != nil {
-			return err
-		}
+	err = apply()
+	if err == nil {
+		return nil
 	}
-	if err := os.Rename(tmp, f.Path()); err != nil {
-		return fmt.Errorf("write policy: the KBS has it already: %w", err)
+	var back error
+	if isNew {
+		back = os.Remove(f.Path())
+	} else {
+		back = os.Rename(names[1], f.Path())
 	}
-	return syncDir(f.dir)
+	if back = errors.Join(back, syncDir(f.dir)); back != nil {
+		back = fmt.Errorf("put the old %s back: %w", f.Path(), back)
+	}
+	return errors.Join(err, back)
 }
 
 // stage writes text beside the master copy, with the master copy's mode.
@@ -181,6 +211,9 @@ func syncDir(dir string) error {
 func (f *Folder) lock(ctx context.Context) (unlock func(), err error) {
 	path := filepath.Join(f.dir, lockName)
 	fh, err := os.OpenFile(path, os.O_RDWR|os.O_CREATE, 0o644)
+	if errors.Is(err, fs.ErrPermission) { // another user's, in a folder of several
+		fh, err = os.Open(path)
+	}
 	if err != nil {
 		return nil, fmt.Errorf("lock policy folder: %w", err)
 	}

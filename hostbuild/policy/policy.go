@@ -8,7 +8,9 @@
 // always refuses debug guests and guests with a migration agent.
 //
 // A Folder holds the master copy, policy.rego: hostbuild owns the block between
-// two marker lines, people own the rest, and their bytes are never touched.
+// two marker lines, people own the rest, and their bytes are never touched. The
+// block is written in the part of Rego that means the same in v0 and v1, with
+// and without imports, so that it fits below any text of theirs.
 //
 // The package does not know a KBS: uploading is the caller's function.
 package policy
@@ -32,8 +34,8 @@ const (
 	TEESample = "sample" // Trustee's test TEE: no hardware, no measurement
 )
 
-// TCB are the lowest security version numbers a rule accepts. The zero value
-// asks for none.
+// TCB are the lowest security version numbers a rule accepts. Trustee's claims
+// hold no more: Turin's FMC is up to whoever verifies the report.
 type TCB struct {
 	Bootloader uint8 `json:"bootloader"`
 	TEE        uint8 `json:"tee"`
@@ -47,7 +49,12 @@ type Rule struct {
 	Paths   []string   // <repository>/<type>/<tag>, as in keys/root/<cvm_id>
 	Digests [][48]byte // launch digests, any of which is accepted; none with TEE "sample"
 	TEE     string     // TEESNP (also when empty) or TEESample
-	MinTCB  TCB
+
+	// MinTCB is what a report must reach, by product ("Genoa"); empty asks for
+	// nothing. Products that it lacks are refused. Trustee does not say of which
+	// product a chip is, so there a report must reach the minimum of any product
+	// named here; the embedded KBS says it.
+	MinTCB map[string]TCB
 
 	// Simulated also accepts SNP reports of a simulated chip, which the embedded
 	// KBS marks in its tokens. Without it such a report gets nothing, whatever
@@ -59,9 +66,10 @@ type Rule struct {
 type Rules []Rule
 
 var (
-	cvmIDForm = regexp.MustCompile(`^[a-zA-Z0-9_-][a-zA-Z0-9_.-]{0,127}$`)
-	segment   = `[a-zA-Z0-9_-]+[a-zA-Z0-9_.-]*`
-	pathForm  = regexp.MustCompile(`^` + segment + `/` + segment + `/` + segment + `$`)
+	cvmIDForm   = regexp.MustCompile(`^[a-zA-Z0-9_-][a-zA-Z0-9_.-]{0,127}$`)
+	productForm = regexp.MustCompile(`^[A-Za-z0-9]{1,32}$`)
+	segment     = `[a-zA-Z0-9_-]+[a-zA-Z0-9_.-]*`
+	pathForm    = regexp.MustCompile(`^` + segment + `/` + segment + `/` + segment + `$`)
 )
 
 // Put adds r, or replaces the rule of the same CVM. A path belongs to one CVM only.
@@ -133,6 +141,13 @@ func (r Rule) validate() error {
 		return errors.New("no launch digest: the rule would never allow anything")
 	case r.TEE == TEESample && len(r.Digests) != 0:
 		return errors.New("sample evidence carries no measurement, so the rule cannot bind it to a launch digest; give no digests")
+	case r.TEE == TEESample && len(r.MinTCB) != 0:
+		return errors.New("sample evidence carries no TCB; give no minimum")
+	}
+	for product := range r.MinTCB {
+		if !productForm.MatchString(product) || product == anyProduct {
+			return fmt.Errorf("product %q: must be a name such as Genoa", product)
+		}
 	}
 	for i, p := range r.Paths {
 		if !pathForm.MatchString(p) {
@@ -169,43 +184,54 @@ const (
 	cvmsVar   = "coffer_cvms := "
 )
 
-// tail is the part of the block that is the same for all rules.
-const tail = `# Trustee before v0.17 gives "resource/<repository>/<type>/<tag>" ...
-coffer_path := data["resource-path"] if is_string(data["resource-path"])
+// anyProduct stands in a rule without minimums.
+const anyProduct = "any"
 
-# ... and newer Trustee the plugin and a list.
-coffer_path := concat("/", array.concat([data.plugin], data["resource-path"])) if is_array(data["resource-path"])
-
-coffer_rule := coffer_cvms[coffer_paths[coffer_path]]
+// tail is the part of the block that is the same for all rules. It has no `if`,
+// no `in` and no rule bodies, which v0 and v1 write differently: the last line is
+// undefined where nothing is granted.
+const tail = `# Trustee before v0.17 gives "resource/<repository>/<type>/<tag>", newer Trustee the plugin and a list.
+coffer_asked := array.concat(
+	[path | path := data["resource-path"]; is_string(path)],
+	[path | parts := data["resource-path"]; is_array(parts); path := concat("/", array.concat([data.plugin], parts))],
+)
 
 coffer_evidence := input.submods.cpu0["ear.veraison.annotated-evidence"]
 
-allow if {
-	coffer_rule.tee == "snp"
-	coffer_evidence.snp.measurement in coffer_rule.digests
-	coffer_evidence.snp.policy_debug_allowed == false
-	coffer_evidence.snp.policy_migrate_ma == false
-	coffer_evidence.snp.reported_tcb_bootloader >= coffer_rule.tcb.bootloader
-	coffer_evidence.snp.reported_tcb_tee >= coffer_rule.tcb.tee
-	coffer_evidence.snp.reported_tcb_snp >= coffer_rule.tcb.snp
-	coffer_evidence.snp.reported_tcb_microcode >= coffer_rule.tcb.microcode
-	object.get(coffer_evidence, "simulated", false) in coffer_rule.simulated
-}
+coffer_grants := array.concat(
+	[true |
+		rule := coffer_cvms[coffer_paths[coffer_asked[_]]]
+		rule.tee == "snp"
+		claims := coffer_evidence.snp
+		rule.digests[_] == claims.measurement
+		claims.policy_debug_allowed == false
+		claims.policy_migrate_ma == false
+		rule.simulated[_] == object.get(coffer_evidence, "simulated", false)
+		least := rule.tcb[family]
+		{"any", object.get(coffer_evidence, "product", family)}[family]
+		claims.reported_tcb_bootloader >= least.bootloader
+		claims.reported_tcb_tee >= least.tee
+		claims.reported_tcb_snp >= least.snp
+		claims.reported_tcb_microcode >= least.microcode
+	],
+	[true |
+		rule := coffer_cvms[coffer_paths[coffer_asked[_]]]
+		rule.tee == "sample"
+		coffer_evidence.sample.svn == "1"
+	],
+)
 
-allow if {
-	coffer_rule.tee == "sample"
-	coffer_evidence.sample.svn == "1"
-}
+allow := coffer_grants[0]
 `
 
 // ruleText is a rule as it stands in the block. Objects and lists of JSON are
 // objects and arrays of Rego.
 type ruleText struct {
-	Paths     []string `json:"paths"`
-	TEE       string   `json:"tee"`
-	Simulated []bool   `json:"simulated"` // accepted values of the evidence's mark
-	TCB       TCB      `json:"tcb"`
-	Digests   []string `json:"digests"` // each in base64 (old Trustee) and in hexadecimal (new)
+	Paths     []string       `json:"paths"`
+	TEE       string         `json:"tee"`
+	Simulated []bool         `json:"simulated"` // accepted values of the evidence's mark
+	TCB       map[string]TCB `json:"tcb"`       // by product, or anyProduct alone
+	Digests   []string       `json:"digests"`   // each in base64 (old Trustee) and in hexadecimal (new)
 }
 
 // Render returns a whole policy: denied is what no rule allows.
@@ -219,6 +245,9 @@ func renderBlock(rules []Rule) []byte {
 	for _, r := range rules {
 		r = r.normal()
 		t := ruleText{Paths: r.Paths, TEE: r.TEE, TCB: r.MinTCB, Simulated: []bool{false}, Digests: []string{}}
+		if len(t.TCB) == 0 {
+			t.TCB = map[string]TCB{anyProduct: {}}
+		}
 		if r.Simulated {
 			t.Simulated = append(t.Simulated, true)
 		}
@@ -270,6 +299,9 @@ func parseBlock(block []byte) (Rules, error) {
 	var rules Rules
 	for id, t := range cvms {
 		r := Rule{CVMID: id, Paths: t.Paths, TEE: t.TEE, MinTCB: t.TCB, Simulated: len(t.Simulated) == 2}
+		if _, ok := t.TCB[anyProduct]; ok {
+			r.MinTCB = nil
+		}
 		for i := 1; i < len(t.Digests); i += 2 {
 			d, err := hex.DecodeString(t.Digests[i])
 			if err != nil || len(d) != 48 {

@@ -7,6 +7,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io/fs"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -45,42 +46,71 @@ func snpClaims(d [48]byte, old bool) map[string]any {
 	}
 }
 
-// allows evaluates text as old or new Trustee would.
-func allows(t testing.TB, text []byte, old bool, path string, evidence map[string]any) bool {
-	t.Helper()
-	version, data := ast.RegoV1, map[string]any{"plugin": "resource", "resource-path": []any{}, "query": map[string]any{}}
-	if old {
-		version, data = ast.RegoV0, map[string]any{"resource-path": "resource/" + path}
-	} else {
+// documents are what old or new Trustee shows to a policy.
+func documents(old bool, path string, evidence map[string]any) (data, input map[string]any) {
+	data = map[string]any{"resource-path": "resource/" + path}
+	if !old {
 		var segs []any
 		for _, s := range strings.Split(path, "/") {
 			segs = append(segs, s)
 		}
-		data["resource-path"] = segs
+		data = map[string]any{"plugin": "resource", "resource-path": segs, "query": map[string]any{}}
 	}
-	input := map[string]any{"submods": map[string]any{"cpu0": map[string]any{"ear.veraison.annotated-evidence": evidence}}}
+	return data, map[string]any{"submods": map[string]any{"cpu0": map[string]any{"ear.veraison.annotated-evidence": evidence}}}
+}
+
+// answer is what OPA says: "true", "false", "refused" (the text does not load)
+// or "error" (no boolean).
+func answer(text []byte, old bool, data, input map[string]any) string {
+	version := ast.RegoV1
+	if old {
+		version = ast.RegoV0
+	}
+	if _, err := ast.ParseModuleWithOpts("policy.rego", string(text), ast.ParserOptions{RegoVersion: version}); err != nil {
+		return "refused"
+	}
 	rs, err := rego.New(rego.SetRegoVersion(version), rego.Query("data.policy.allow"), rego.Module("policy.rego", string(text)),
 		rego.Store(inmem.NewFromObject(data)), rego.Input(input)).Eval(context.Background())
-	if err != nil {
-		t.Fatal(err)
-	}
-	if len(rs) != 1 {
-		t.Fatalf("allow has %d values, want 1", len(rs))
+	if err != nil || len(rs) != 1 {
+		return "error"
 	}
 	allow, ok := rs[0].Expressions[0].Value.(bool)
 	if !ok {
-		t.Fatalf("allow is %T, want a boolean", rs[0].Expressions[0].Value)
+		return "error"
 	}
-	return allow
+	return fmt.Sprint(allow)
 }
 
-func TestRenderedPolicyDecides(t *testing.T) {
-	text := Render(mustRules(t,
+// allows evaluates text as old or new Trustee would.
+func allows(t testing.TB, text []byte, old bool, path string, evidence map[string]any) bool {
+	t.Helper()
+	data, input := documents(old, path, evidence)
+	a := answer(text, old, data, input)
+	if a != "true" && a != "false" {
+		t.Fatalf("the policy gives no boolean: %s", a)
+	}
+	return a == "true"
+}
+
+// decision is a request under decisionRules, and what must come of it.
+type decision struct {
+	name     string
+	path     string
+	evidence func(old bool) map[string]any
+	want     bool
+}
+
+func decisionRules(t testing.TB) Rules {
+	return mustRules(t,
 		Rule{CVMID: "one", Paths: []string{"keys/root/one", "keys/vault/one"}, Digests: [][48]byte{digest(1), digest(2)}},
-		Rule{CVMID: "two", Paths: []string{"keys/root/two"}, Digests: [][48]byte{digest(3)}, MinTCB: TCB{Bootloader: 10, SNP: 24}},
+		Rule{CVMID: "two", Paths: []string{"keys/root/two"}, Digests: [][48]byte{digest(3)}, MinTCB: map[string]TCB{"Genoa": {Bootloader: 10, SNP: 24}}},
+		Rule{CVMID: "mix", Paths: []string{"keys/root/mix"}, Digests: [][48]byte{digest(3)}, MinTCB: map[string]TCB{"Genoa": {Bootloader: 10, SNP: 24}, "Turin": {Bootloader: 1, TEE: 1, SNP: 4, Microcode: 71}}},
 		Rule{CVMID: "sim", Paths: []string{"keys/root/sim"}, Digests: [][48]byte{digest(4)}, Simulated: true},
 		Rule{CVMID: "smp", Paths: []string{"keys/root/smp"}, TEE: TEESample},
-	))
+	)
+}
+
+func decisions() []decision {
 	snp := func(d [48]byte, edit func(claims, evidence map[string]any)) func(bool) map[string]any {
 		return func(old bool) map[string]any {
 			c := snpClaims(d, old)
@@ -94,12 +124,7 @@ func TestRenderedPolicyDecides(t *testing.T) {
 	sample := func(bool) map[string]any {
 		return map[string]any{"sample": map[string]any{"svn": "1"}, "simulated": true}
 	}
-	tests := []struct {
-		name     string
-		path     string
-		evidence func(old bool) map[string]any
-		want     bool
-	}{
+	return []decision{
 		{"own path and digest", "keys/root/one", snp(digest(1), nil), true},
 		{"second digest", "keys/root/one", snp(digest(2), nil), true},
 		{"second path", "keys/vault/one", snp(digest(2), nil), true},
@@ -111,6 +136,17 @@ func TestRenderedPolicyDecides(t *testing.T) {
 		{"migration agent", "keys/root/one", snp(digest(1), func(c, _ map[string]any) { c["policy_migrate_ma"] = true }), false},
 		{"TCB claim missing", "keys/root/one", snp(digest(1), func(c, _ map[string]any) { delete(c, "reported_tcb_snp") }), false},
 		{"TCB too low", "keys/root/two", snp(digest(3), nil), false},
+		{"another product's minimum", "keys/root/mix", snp(digest(3), nil), true}, // Trustee's claims do not tell
+		{"no product's minimum", "keys/root/mix", snp(digest(3), func(c, _ map[string]any) { c["reported_tcb_tee"] = 0 }), false},
+		{"another product's minimum, product known", "keys/root/mix", snp(digest(3), func(_, e map[string]any) { e["product"] = "Genoa" }), false},
+		{"the second product's minimum, product known", "keys/root/mix", snp(digest(3), func(_, e map[string]any) { e["product"] = "Turin" }), true},
+		{"product without a minimum", "keys/root/two", snp(digest(3), func(c, e map[string]any) {
+			c["reported_tcb_snp"], e["product"] = 24, "Milan"
+		}), false},
+		{"no minimum, product known", "keys/root/one", snp(digest(1), func(_, e map[string]any) { e["product"] = "Milan" }), true},
+		{"TCB at the minimum, product known", "keys/root/two", snp(digest(3), func(c, e map[string]any) {
+			c["reported_tcb_snp"], e["product"] = 24, "Genoa"
+		}), true},
 		{"TCB at the minimum", "keys/root/two", snp(digest(3), func(c, _ map[string]any) { c["reported_tcb_snp"] = 24 }), true},
 		{"TCB above the minimum", "keys/root/two", snp(digest(3), func(c, _ map[string]any) { c["reported_tcb_snp"] = 200 }), true},
 		{"simulated chip, rule for hardware", "keys/root/one", snp(digest(1), func(_, e map[string]any) { e["simulated"] = true }), false},
@@ -121,8 +157,12 @@ func TestRenderedPolicyDecides(t *testing.T) {
 		{"hardware, rule for sample", "keys/root/smp", snp(digest(1), nil), false},
 		{"no evidence", "keys/root/one", func(bool) map[string]any { return map[string]any{} }, false},
 	}
+}
+
+func TestRenderedPolicyDecides(t *testing.T) {
+	text := Render(decisionRules(t))
 	for _, old := range []bool{true, false} {
-		for _, tt := range tests {
+		for _, tt := range decisions() {
 			t.Run(fmt.Sprintf("%s/old=%v", tt.name, old), func(t *testing.T) {
 				if got := allows(t, text, old, tt.path, tt.evidence(old)); got != tt.want {
 					t.Errorf("allow = %v, want %v", got, tt.want)
@@ -249,7 +289,9 @@ func TestCheck(t *testing.T) {
 		{"always", p + "allow := true", []string{"4 warning ignores"}},
 		{"default true", "package policy\nimport rego.v1\ndefault allow := true\n", []string{"3 error default allow"}},
 		{"fail-open", "package policy\ndefault allow := false\nallow if { data[\"resource-path\"] }", []string{"3 error `if` without"}},
-		{"v0 style", "package policy\ndefault allow = false\nallow { data[\"resource-path\"] }", []string{"3 error"}},
+		{"v0 style", "package policy\ndefault allow = false\nallow { data[\"resource-path\"] }", []string{"3 warning Rego v0"}},
+		{"as NVFlare documents it", "package policy\ndefault allow = false\nallow {\n\tinput[\"submods\"][\"cpu0\"][\"ear.veraison.annotated-evidence\"][\"snp\"][\"measurement\"] == \"x\"\n}",
+			[]string{"3 warning Rego v0", "3 warning ignores"}},
 		{"syntax", p + "allow if {", []string{"4 error"}},
 		{"other package", "package other\nimport rego.v1\n", []string{"1 error package must be"}},
 		{"our names", p + "coffer_x := 1", []string{"4 error coffer_"}},
@@ -321,7 +363,7 @@ func TestFolderNew(t *testing.T) {
 	ctx := context.Background()
 	var uploaded []byte
 	apply := func(_ context.Context, b []byte) error { uploaded = bytes.Clone(b); return nil }
-	if err := f.Update(ctx, put("one"), apply); err != nil {
+	if _, err := f.Update(ctx, put("one"), apply); err != nil {
 		t.Fatal(err)
 	}
 	text, err := f.Text()
@@ -331,7 +373,7 @@ func TestFolderNew(t *testing.T) {
 	if !allows(t, text, false, "keys/root/one", map[string]any{"snp": snpClaims(digest(1), false)}) {
 		t.Error("the rule does not allow its CVM")
 	}
-	err = f.Update(ctx, func(rs *Rules) error {
+	_, err = f.Update(ctx, func(rs *Rules) error {
 		if !rs.Remove("one") || rs.Remove("one") {
 			t.Error("Remove does not say whether there was a rule")
 		}
@@ -349,7 +391,7 @@ func TestFolderKeepsPeoplesText(t *testing.T) {
 	const own = "# mine\r\npackage policy\n\nimport rego.v1\n\ndefault  allow := false\n\n\nallow if {\tdata[\"resource-path\"] == \"resource/a/b/c\" }   \n# no newline at the end"
 	f := openFolder(t, own)
 	ctx := context.Background()
-	if err := f.Update(ctx, put("one"), nil); err != nil {
+	if _, err := f.Update(ctx, put("one"), nil); err != nil {
 		t.Fatal(err)
 	}
 	text, _ := f.Text()
@@ -361,7 +403,7 @@ func TestFolderKeepsPeoplesText(t *testing.T) {
 	if err := os.WriteFile(f.Path(), append(text, behind...), 0o640); err != nil {
 		t.Fatal(err)
 	}
-	if err := f.Update(ctx, put("two"), nil); err != nil {
+	if _, err := f.Update(ctx, put("two"), nil); err != nil {
 		t.Fatal(err)
 	}
 	text, _ = f.Text()
@@ -374,6 +416,40 @@ func TestFolderKeepsPeoplesText(t *testing.T) {
 	}
 	if fi, err := os.Stat(f.Path()); err != nil || fi.Mode().Perm() != 0o640 {
 		t.Errorf("mode %v (%v), want that of the old file", fi.Mode(), err)
+	}
+}
+
+// TestFolderOfNVFlare: a master copy as NVFlare documents it works on, on the
+// KBS that takes it, and is named in warnings.
+func TestFolderOfNVFlare(t *testing.T) {
+	const own = nvflareText
+	f := openFolder(t, own)
+	warnings, err := f.Update(t.Context(), put("one"), nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if len(warnings) != 2 || warnings[0].Line != 5 || warnings[1].Line != 5 || !strings.Contains(warnings[1].Message, "every CVM's key") {
+		t.Errorf("warnings %v, want two about line 5", warnings)
+	}
+	text, _ := f.Text()
+	if !bytes.HasPrefix(text, []byte(own)) {
+		t.Fatalf("text of people changed:\n%s", text)
+	}
+	theirs := snpClaims(digest(1), true)
+	theirs["measurement"] = "theirs"
+	for _, tt := range []struct {
+		path   string
+		claims map[string]any
+		want   bool
+	}{
+		{"keys/root/one", snpClaims(digest(1), true), true},
+		{"keys/root/one", snpClaims(digest(2), true), false},
+		{"keys/root/two", snpClaims(digest(1), true), false},
+		{"keys/root/one", theirs, true}, // what the warning is about
+	} {
+		if got := allows(t, text, true, tt.path, map[string]any{"snp": tt.claims}); got != tt.want {
+			t.Errorf("%s, %v: allow = %v, want %v", tt.path, tt.claims["measurement"], got, tt.want)
+		}
 	}
 }
 
@@ -395,7 +471,7 @@ func TestFolderRefuses(t *testing.T) {
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
 			f := openFolder(t, tt.text)
-			err := f.Update(context.Background(), put("two"), func(context.Context, []byte) error {
+			_, err := f.Update(context.Background(), put("two"), func(context.Context, []byte) error {
 				t.Error("the text was uploaded")
 				return nil
 			})
@@ -412,16 +488,29 @@ func TestFolderRefuses(t *testing.T) {
 func TestFolderKeepsMasterWhenApplyFails(t *testing.T) {
 	f := openFolder(t, "")
 	ctx := context.Background()
-	if err := f.Update(ctx, put("one"), nil); err != nil {
+	if _, err := f.Update(ctx, put("one"), nil); err != nil {
 		t.Fatal(err)
 	}
 	want, _ := f.Text()
 	refused := errors.New("the KBS says no")
-	if err := f.Update(ctx, put("two"), func(context.Context, []byte) error { return refused }); !errors.Is(err, refused) {
+	seen := func(context.Context, []byte) error {
+		if got, _ := f.Text(); bytes.Equal(got, want) {
+			t.Error("apply does not find the new text in the master copy's place")
+		}
+		return refused
+	}
+	if _, err := f.Update(ctx, put("two"), seen); !errors.Is(err, refused) {
 		t.Fatalf("Update: %v, want the error of apply", err)
 	}
 	if got, _ := f.Text(); !bytes.Equal(got, want) {
 		t.Error("the master copy changed though the upload failed")
+	}
+	fresh := openFolder(t, "")
+	if _, err := fresh.Update(ctx, put("one"), func(context.Context, []byte) error { return refused }); !errors.Is(err, refused) {
+		t.Fatal(err)
+	}
+	if _, err := os.Stat(fresh.Path()); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("a failed first upload leaves a master copy (%v)", err)
 	}
 	entries, _ := os.ReadDir(f.dir)
 	if len(entries) != 2 { // policy.rego and its lock
@@ -442,7 +531,7 @@ func TestFolderConcurrentUpdates(t *testing.T) {
 				t.Error(err)
 				return
 			}
-			err = f.Update(ctx, put(fmt.Sprintf("cvm-%d", i)), func(_ context.Context, b []byte) error {
+			_, err = f.Update(ctx, put(fmt.Sprintf("cvm-%d", i)), func(_ context.Context, b []byte) error {
 				uploads = append(uploads, bytes.Clone(b))
 				return nil
 			})
@@ -472,7 +561,7 @@ func TestFolderLockHasDeadline(t *testing.T) {
 	defer unlock()
 	ctx, cancel := context.WithTimeout(context.Background(), 10*time.Millisecond)
 	defer cancel()
-	if err := f.Update(ctx, put("one"), nil); !errors.Is(err, context.DeadlineExceeded) {
+	if _, err := f.Update(ctx, put("one"), nil); !errors.Is(err, context.DeadlineExceeded) {
 		t.Errorf("Update with the lock held: %v, want the deadline", err)
 	}
 }
@@ -480,7 +569,7 @@ func TestFolderLockHasDeadline(t *testing.T) {
 func FuzzParseBlock(f *testing.F) {
 	f.Add(renderBlock(nil))
 	f.Add(renderBlock(mustRules(f,
-		Rule{CVMID: "one", Paths: []string{"keys/root/one", "a/b/c"}, Digests: [][48]byte{digest(1), digest(2)}, Simulated: true, MinTCB: TCB{SNP: 3}},
+		Rule{CVMID: "one", Paths: []string{"keys/root/one", "a/b/c"}, Digests: [][48]byte{digest(1), digest(2)}, Simulated: true, MinTCB: map[string]TCB{"Genoa": {SNP: 3}}},
 		Rule{CVMID: "two", Paths: []string{"keys/root/two"}, TEE: TEESample})))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		rules, err := parseBlock(b)
@@ -520,4 +609,24 @@ func importsIf(mod *ast.Module) bool {
 		}
 	}
 	return false
+}
+
+// FuzzFolderText: whatever people wrote around the block comes out as it went in.
+func FuzzFolderText(f *testing.F) {
+	block := string(renderBlock(nil))
+	f.Add([]byte("package policy\n\n"), []byte("x := 1"))
+	f.Add([]byte("a\r\n"), []byte("\n"+beginMark))
+	f.Fuzz(func(t *testing.T, above, below []byte) {
+		if len(above) > 0 && above[len(above)-1] != '\n' {
+			above = append(above, '\n')
+		}
+		text := bytes.Join([][]byte{above, []byte(block), below}, nil)
+		before, got, after, err := split(text)
+		if err != nil {
+			return
+		}
+		if !bytes.Equal(before, above) || string(got) != block || !bytes.Equal(after, below) {
+			t.Errorf("split %q into %q, %q, %q", text, before, got, after)
+		}
+	})
 }

@@ -1,11 +1,14 @@
 // Package register keeps the KBS and the policy folder's master copy in step: it
 // gives a CVM's key and rule to the KBS, and takes the rule away again.
 //
-// The master copy is read, changed, uploaded and only then replaced, under the
-// folder's lock, because a KBS holds one policy and every upload replaces it.
+// The master copy is read, changed and uploaded under the folder's lock, because
+// a KBS holds one policy and every upload replaces it. Where the folder holds an
+// executable set-policy.sh, that program uploads, and afterwards the KBS is asked
+// whether it has the text (Trustee since v0.17 cannot be asked).
 package register
 
 import (
+	"bytes"
 	"context"
 	"encoding/hex"
 	"errors"
@@ -21,10 +24,13 @@ import (
 
 // Registrar speaks to one KBS.
 type Registrar struct {
-	CA []byte // PEM, of the KBS's authority
+	CA   []byte               // PEM, of the KBS's authority
+	Warn func(policy.Finding) // told of doubtful text in the master copy; may be nil
 
 	admin  *kbsclient.Admin
 	folder *policy.Folder
+	minTCB map[string]policy.TCB
+	hook   *hook  // nil: there is none
 	where  string // for messages
 }
 
@@ -43,7 +49,7 @@ func Open(s *settings.Settings) (*Registrar, error) {
 	if err != nil {
 		return nil, fmt.Errorf("kbs.admin_key %s: %w", s.AdminKey, err)
 	}
-	admin, err := kbsclient.NewAdmin(kbsclient.Config{URL: s.KBSURL, RootCAs: ca}, key)
+	admin, err := kbsclient.NewAdmin(kbsclient.Config{URL: s.KBSURL, RootCAs: ca, AdminIssuer: s.AdminIssuer, AdminAudience: s.AdminAudience}, key)
 	if err != nil {
 		return nil, fmt.Errorf("kbs.url of %s: %w", s.File, err)
 	}
@@ -51,7 +57,31 @@ func Open(s *settings.Settings) (*Registrar, error) {
 	if err != nil {
 		return nil, fmt.Errorf("policy_dir of %s: %w", s.File, err)
 	}
-	return &Registrar{CA: ca, admin: admin, folder: folder, where: fmt.Sprintf("KBS %s (kbs.url, kbs.admin_key of %s)", s.KBSURL, s.File)}, nil
+	hook, err := findHook(s)
+	if err != nil {
+		return nil, err
+	}
+	return &Registrar{CA: ca, admin: admin, folder: folder, minTCB: minTCB(s), hook: hook,
+		where: fmt.Sprintf("KBS %s (kbs.url, kbs.admin_key of %s)", s.KBSURL, s.File)}, nil
+}
+
+func minTCB(s *settings.Settings) map[string]policy.TCB {
+	min := map[string]policy.TCB{}
+	for product, t := range s.MinTCB {
+		min[product] = policy.TCB{Bootloader: t.Bootloader, TEE: t.TEE, SNP: t.SNP, Microcode: t.Microcode}
+	}
+	return min
+}
+
+// raise lifts each product's minimum to what one CVM asks for.
+func raise(settings map[string]policy.TCB, cvm policy.TCB) map[string]policy.TCB {
+	min := map[string]policy.TCB{}
+	for product, t := range settings {
+		min[product] = policy.TCB{
+			Bootloader: max(t.Bootloader, cvm.Bootloader), TEE: max(t.TEE, cvm.TEE), SNP: max(t.SNP, cvm.SNP), Microcode: max(t.Microcode, cvm.Microcode),
+		}
+	}
+	return min
 }
 
 // Check asks the KBS for its policy, which it gives to its admin alone.
@@ -63,12 +93,14 @@ func (r *Registrar) Check(ctx context.Context) error {
 	return nil
 }
 
-// RuleOf is the rule that a bundle needs: its two resources, its launch digests.
-func RuleOf(m *bundle.Manifest) (policy.Rule, error) {
+// RuleOf is the rule that a bundle needs: its two resources, its launch digests
+// and the minimum TCBs of the settings, raised to the bundle's own.
+func (r *Registrar) RuleOf(m *bundle.Manifest) (policy.Rule, error) {
 	rule := policy.Rule{CVMID: m.CVMID, Paths: []string{m.KBS.KeyPath, m.KBS.CanaryPath}, TEE: m.TEE}
 	if m.TEE == policy.TEESample {
 		return rule, nil // sample evidence carries no measurement
 	}
+	rule.MinTCB = raise(r.minTCB, policy.TCB(m.MinTCB))
 	rule.Simulated = m.Platform == guestconfig.PlatformSimulated
 	for _, d := range m.LaunchDigests {
 		var sum [48]byte
@@ -111,23 +143,77 @@ func (r *Registrar) AddCVM(ctx context.Context, rule policy.Rule, key []byte) er
 
 // AddRule adds a CVM's rule, or replaces it.
 func (r *Registrar) AddRule(ctx context.Context, rule policy.Rule) error {
-	return r.folder.Update(ctx, func(rules *policy.Rules) error { return rules.Put(rule) }, r.admin.SetResourcePolicy)
+	return r.update(ctx, func(rules *policy.Rules) error { return rules.Put(rule) })
+}
+
+// Apply uploads the master copy as it stands, after the check that every change
+// goes through.
+func (r *Registrar) Apply(ctx context.Context) error {
+	return r.update(ctx, func(*policy.Rules) error { return nil })
+}
+
+// update changes the rules, uploads them and tells of doubtful text.
+func (r *Registrar) update(ctx context.Context, edit func(*policy.Rules) error) error {
+	apply := r.admin.SetResourcePolicy
+	if r.hook != nil {
+		apply = r.applyByHook
+	}
+	findings, err := r.folder.Update(ctx, edit, apply)
+	if r.Warn != nil {
+		for _, f := range findings {
+			r.Warn(f)
+		}
+	}
+	return err
+}
+
+// applyByHook runs the hook and asks the KBS for the text afterwards: a hook
+// that ends well without having uploaded would leave the builder with a bundle
+// that gets no key.
+func (r *Registrar) applyByHook(ctx context.Context, text []byte) error {
+	if err := r.hook.run(ctx); err != nil {
+		return err
+	}
+	got, err := r.admin.ResourcePolicy(ctx)
+	switch {
+	case errors.Is(err, kbsclient.ErrNotSupported):
+		return nil
+	case err != nil:
+		return fmt.Errorf("%s ended well; asked for its policy, the KBS says: %w", r.hook.path, err)
+	case !bytes.Equal(got, text):
+		return fmt.Errorf("%s ended well, but the KBS holds another policy than %s; does it upload to this KBS?", r.hook.path, r.folder.Path())
+	}
+	return nil
 }
 
 // RemoveRule removes a CVM's rule and reports whether there was one. The key
 // stays at the KBS, out of reach: adding the rule again brings the CVM back.
 func (r *Registrar) RemoveRule(ctx context.Context, cvmID string) (found bool, err error) {
-	err = r.folder.Update(ctx, func(rules *policy.Rules) error {
+	err = r.update(ctx, func(rules *policy.Rules) error {
 		found = rules.Remove(cvmID)
 		return nil
-	}, r.admin.SetResourcePolicy)
+	})
 	if err != nil {
 		return false, fmt.Errorf("%s: %w", r.where, err)
 	}
 	return found, nil
 }
 
-// Rules lists the rules of the master copy.
-func (r *Registrar) Rules() (policy.Rules, error) {
-	return r.folder.Rules()
+// Rules lists the rules of a policy folder's master copy.
+func Rules(dir string) (policy.Rules, error) {
+	folder, err := policy.OpenFolder(dir)
+	if err != nil {
+		return nil, err
+	}
+	return folder.Rules()
+}
+
+// Text is the master copy, and what is to be said about it.
+func Text(dir string) ([]byte, []policy.Finding, error) {
+	folder, err := policy.OpenFolder(dir)
+	if err != nil {
+		return nil, nil, err
+	}
+	text, err := folder.Text()
+	return text, policy.Check(text), err
 }

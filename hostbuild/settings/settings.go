@@ -11,10 +11,13 @@ import (
 	"io/fs"
 	"os"
 	"path/filepath"
+	"slices"
 	"strings"
 	"unicode"
 
 	"coffer/hostbuild/yamlcheck"
+	"coffer/internal/snp"
+	"coffer/internal/snp/verify"
 )
 
 // Settings are a build host's. All paths are absolute.
@@ -27,7 +30,13 @@ type Settings struct {
 	AdminKey    string // PKCS#8 PEM file of the KBS's admin key
 	PolicyDir   string // folder with policy.rego, the master copy
 
+	AdminIssuer, AdminAudience string // iss and aud of admin tokens; empty: kbsclient's
+
+	MinTCB map[string]snp.TCB // what rules ask of a guest's firmware, by product
+
 	BaseDir   string // a guest base made by `hostbuild base build`
+	OVMF      string // a firmware in place of the base's, "" for the base's
+	IDKey     string // PEM file of the key that signs ID blocks, "" for none
 	OutputDir string // where bundles go
 	CacheDir  string // of converted layers
 	CacheSize int64  // bytes that it may have; 0: no cache
@@ -72,14 +81,22 @@ func Read(path string) (*Settings, error) {
 	s.KBSGuestURL = kbs.String("guest_url", s.KBSURL)
 	kbs.Required("ca", "PEM file of the authority that signed the KBS's certificate")
 	s.KBSCA = kbs.Path("ca")
-	kbs.Required("admin_key", "PEM file of the KBS's admin key")
 	s.AdminKey = kbs.Path("admin_key")
+	s.AdminIssuer, s.AdminAudience = kbs.String("admin_issuer", ""), kbs.String("admin_audience", "")
 	kbs.Finish()
 
 	m.Required("policy_dir", "folder of the master copy policy.rego")
 	s.PolicyDir = m.Path("policy_dir")
+	if s.AdminKey == "" && s.PolicyDir != "" { // the folder as the deployment guide lays it out
+		s.AdminKey = filepath.Join(s.PolicyDir, "private.key")
+		if _, err := os.Stat(s.AdminKey); err != nil {
+			kbs.Faultf("admin_key", "missing, and so is %s: PEM file of the KBS's admin key", s.AdminKey)
+		}
+	}
+	s.MinTCB = minTCB(m)
 	m.Required("base_dir", "folder of a guest base, made by `hostbuild base build`")
 	s.BaseDir = m.Path("base_dir")
+	s.OVMF, s.IDKey = m.Path("ovmf"), m.Path("id_key")
 	if s.OutputDir = m.Path("output_dir"); s.OutputDir == "" {
 		if s.OutputDir, err = yamlcheck.Expand("~/.local/share/coffer/bundles"); err != nil {
 			return nil, fmt.Errorf("settings: output_dir is missing, and no home folder to fall back on: %w", err)
@@ -97,4 +114,27 @@ func Read(path string) (*Settings, error) {
 	m.Finish()
 	s.Warnings = doc.Warnings()
 	return s, doc.Err()
+}
+
+// minTCB reads min_tcb; without it, the verifier's default holds.
+func minTCB(m *yamlcheck.Map) map[string]snp.TCB {
+	if !m.Has("min_tcb") {
+		return verify.DefaultMinTCB()
+	}
+	products := m.Map("min_tcb")
+	min := map[string]snp.TCB{}
+	for _, product := range products.Keys() {
+		t := products.Map(product)
+		part := func(key string) uint8 { return uint8(t.Int(key, 0, 0, 255)) }
+		min[product] = snp.TCB{Bootloader: part("bootloader"), TEE: part("tee"), SNP: part("snp"), Microcode: part("microcode")}
+		t.Finish()
+		if !slices.Contains([]string{"Milan", "Genoa", "Turin"}, product) {
+			products.Faultf(product, "must be Milan, Genoa or Turin")
+		}
+	}
+	if len(min) == 0 {
+		m.Faultf("min_tcb", "names no product, so every guest would be refused; 0 accepts any version of a part")
+	}
+	products.Finish()
+	return min
 }

@@ -29,6 +29,8 @@ type Env struct {
 	Dir  string // work folder
 	Log  io.Writer
 
+	KBSFlags []string // more flags for `hostbuild kbs serve`
+
 	chipOnce sync.Once
 	chipErr  error
 }
@@ -88,8 +90,9 @@ func (e *Env) StartKBS(ctx context.Context, name string) (*KBS, error) {
 // Start starts the server at k.Listen and waits until it answers.
 func (k *KBS) Start(ctx context.Context) error {
 	k.Log = NewLines(k.env.Log)
-	cmd := exec.Command(k.env.program("hostbuild"), "kbs", "serve", "--dir", k.Dir, "--listen", k.Listen,
-		"--simulated-roots", filepath.Join(k.env.chip(), "roots.pem"), "--allow-simulated")
+	args := append([]string{"kbs", "serve", "--dir", k.Dir, "--listen", k.Listen,
+		"--simulated-roots", filepath.Join(k.env.chip(), "roots.pem"), "--allow-simulated"}, k.env.KBSFlags...)
+	cmd := exec.Command(k.env.program("hostbuild"), args...)
 	p, err := start(cmd, k.Log)
 	if err != nil {
 		return err
@@ -111,6 +114,18 @@ func (k *KBS) Stop() {
 		k.proc = nil
 	}
 }
+
+// Kill ends the server at once, as kill -9 does.
+func (k *KBS) Kill() {
+	if k.proc != nil {
+		syscall.Kill(-k.proc.cmd.Process.Pid, syscall.SIGKILL)
+		<-k.proc.done
+		k.proc = nil
+	}
+}
+
+// PID is the running server's.
+func (k *KBS) PID() int { return k.proc.cmd.Process.Pid }
 
 // Settings writes a build host's settings for this KBS and returns the file.
 func (k *KBS) Settings() (string, error) {
@@ -199,9 +214,10 @@ type VM struct {
 	next int
 }
 
-// Boot starts the guest by its launch_vm.sh.
+// Boot starts the guest by its launch_vm.sh. An orderly stop gets a second
+// unless args say otherwise, so that Kill is quick.
 func (b *Bundle) Boot(args ...string) (*VM, error) {
-	cmd := exec.Command("./launch_vm.sh", args...)
+	cmd := exec.Command("./launch_vm.sh", append([]string{"--stop-timeout", "1"}, args...)...)
 	cmd.Dir = b.Dir
 	cmd.Env = append(os.Environ(), "COFFER_SIMPLATFORM="+b.env.program("simplatform"), "COFFER_SIM_CHIP="+b.env.chip())
 	v := &VM{Console: NewLines(b.env.Log)}
@@ -229,6 +245,9 @@ func (v *VM) Wait(ctx context.Context) error {
 		return fmt.Errorf("the guest is still running: %w; its last lines:\n%s", ctx.Err(), tail(v.Console.All(), 15))
 	}
 }
+
+// Stop presses the guest's power button and leaves it to itself.
+func (v *VM) Stop() { syscall.Kill(v.proc.cmd.Process.Pid, syscall.SIGTERM) }
 
 // Kill ends the guest at once.
 func (v *VM) Kill() { v.proc.stop() }

@@ -1,0 +1,131 @@
+package kbs
+
+import (
+	"context"
+	"encoding/hex"
+	"errors"
+	"fmt"
+	"io"
+	"net/http"
+	"net/url"
+	"strings"
+	"sync"
+	"time"
+
+	"coffer/internal/snp"
+)
+
+const (
+	kdsTime    = 10 * time.Second
+	kdsMaxBody = 64 << 10
+	kdsAtOnce  = 4           // fetches
+	kdsAgain   = time.Minute // before a URL that failed is tried again
+	kdsFailed  = 1000        // URLs remembered
+)
+
+// kds fetches VCEKs from AMD's key distribution service, or a mirror of it. What
+// it returns proves nothing until it is verified. Anybody can make the server
+// ask, with a made-up report: fetches are few at a time, and a failure is
+// remembered.
+type kds struct {
+	base  string
+	http  *http.Client
+	now   func() time.Time
+	slots chan struct{}
+
+	mu     sync.Mutex
+	failed map[string]time.Time // until when
+}
+
+// newKDS is nil without an address.
+func newKDS(address string, now func() time.Time) (*kds, error) {
+	if address == "" {
+		return nil, nil
+	}
+	u, err := url.Parse(address)
+	if err != nil || u.Host == "" || u.Scheme != "https" && u.Scheme != "http" || u.RawQuery != "" || u.Fragment != "" {
+		return nil, fmt.Errorf("KDS address %q: must be https://host or http://host", address)
+	}
+	// The certificate is verified by AMD's roots whatever way it came: http will do.
+	return &kds{base: strings.TrimRight(address, "/"), now: now, slots: make(chan struct{}, kdsAtOnce), failed: map[string]time.Time{},
+		http: &http.Client{Timeout: kdsTime, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}}, nil
+}
+
+// path is the request of the report's VCEK (AMD 57230): numbers have two digits.
+func kdsPath(r *snp.Report) (string, error) {
+	product, err := r.Product()
+	if err != nil {
+		return "", err
+	}
+	if r.ChipID == [64]byte{} {
+		return "", errors.New("no VCEK in the evidence, and the host masks the chip id by which to ask for it")
+	}
+	id, fmc, t := r.ChipID[:], "", r.ReportedTCB
+	if t.FMC != nil {
+		id, fmc = id[:8], fmt.Sprintf("fmcSPL=%02d&", *t.FMC)
+	}
+	return fmt.Sprintf("/vcek/v1/%s/%s?%sblSPL=%02d&teeSPL=%02d&snpSPL=%02d&ucodeSPL=%02d",
+		product, hex.EncodeToString(id), fmc, t.Bootloader, t.TEE, t.SNP, t.Microcode), nil
+}
+
+// vcek fetches the VCEK of the report's chip and TCB, in DER.
+func (k *kds) vcek(ctx context.Context, r *snp.Report) ([]byte, error) {
+	path, err := kdsPath(r)
+	if err != nil {
+		return nil, err
+	}
+	select {
+	case k.slots <- struct{}{}:
+		defer func() { <-k.slots }()
+	default:
+		return nil, errors.New("KDS: too many certificates are being fetched; try again")
+	}
+	if until, ok := k.failure(path); ok {
+		return nil, fmt.Errorf("KDS: %s failed a moment ago; not asked again before %s", path, until.UTC().Format(time.TimeOnly))
+	}
+	der, err := k.get(ctx, path)
+	if err != nil {
+		k.remember(path)
+		return nil, fmt.Errorf("KDS: %w", err)
+	}
+	return der, nil
+}
+
+func (k *kds) get(ctx context.Context, path string) ([]byte, error) {
+	req, err := http.NewRequestWithContext(ctx, http.MethodGet, k.base+path, nil)
+	if err != nil {
+		return nil, err
+	}
+	resp, err := k.http.Do(req)
+	if err != nil {
+		return nil, err
+	}
+	defer resp.Body.Close()
+	if resp.StatusCode != http.StatusOK {
+		return nil, fmt.Errorf("%s: HTTP %d", path, resp.StatusCode)
+	}
+	der, err := io.ReadAll(io.LimitReader(resp.Body, kdsMaxBody+1))
+	if err != nil {
+		return nil, err
+	}
+	if len(der) > kdsMaxBody {
+		return nil, fmt.Errorf("%s: the answer is larger than %d bytes", path, kdsMaxBody)
+	}
+	return der, nil
+}
+
+func (k *kds) failure(path string) (until time.Time, failed bool) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	until, failed = k.failed[path]
+	return until, failed && k.now().Before(until)
+}
+
+func (k *kds) remember(path string) {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if len(k.failed) >= kdsFailed {
+		clear(k.failed)
+	}
+	k.failed[path] = k.now().Add(kdsAgain)
+}
