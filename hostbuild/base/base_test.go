@@ -333,7 +333,7 @@ func TestSimulatedProgramsStayOutOfProduction(t *testing.T) {
 		func(p *Params) { p.Programs["agent"] = program },
 	} {
 		p := p
-		p.Programs = map[string]string{"agent": p.Init, "containerd": p.Init, "containerd-shim-runc-v2": p.Init, "runc": p.Init}
+		p.Programs = map[string]string{"agent": p.Init, "snpguest": p.Init, "containerd": p.Init, "containerd-shim-runc-v2": p.Init, "runc": p.Init}
 		change(&p)
 		if _, err := Build(t.Context(), p); err == nil || !strings.Contains(err.Error(), "must not get into a base for platform snp") {
 			t.Errorf("got %v", err)
