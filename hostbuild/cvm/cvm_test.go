@@ -450,11 +450,6 @@ func TestSameBytesForEveryone(t *testing.T) {
 		mknod -m 666 /dev/null c 1 3
 		mknod -m 666 /dev/urandom c 1 9
 		exec setpriv --reuid 65534 --regid 65534 --clear-groups --inh-caps=-all --bounding-set=-all --no-new-privs "$0"`}
-	for _, private := range []string{"kbs/admin.key", "kbs/ca.pem", "kbs/policy"} {
-		if err := exec.Command("chown", "-R", "65534:65534", filepath.Join(r.dir, private)).Run(); err != nil {
-			t.Fatal(err)
-		}
-	}
 	os.Chmod(filepath.Join(r.dir, "kbs"), 0o755)
 	self, err := os.Executable()
 	if err != nil {
@@ -472,6 +467,11 @@ func TestSameBytesForEveryone(t *testing.T) {
 			t.Fatal(err)
 		}
 		os.Chmod(out, 0o777)
+		for _, private := range []string{"kbs/admin.key", "kbs/ca.pem", "kbs/policy"} { // root may in any case
+			if err := exec.Command("chown", "-R", "65534:65534", filepath.Join(r.dir, private)).Run(); err != nil {
+				t.Fatal(err)
+			}
+		}
 		path, err := r.child(t, out, 7, wrap...).Output()
 		if err != nil {
 			t.Fatalf("build as %s: %v", name, err)
