@@ -2,7 +2,7 @@
 
 # Debian packages that building and testing need; `make deps` installs those that are missing.
 DEPS := gcc libc6-dev pkg-config libseccomp-dev debian-archive-keyring \
-	qemu-system-x86 qemu-utils cryptsetup-bin erofs-utils e2fsprogs nftables busybox-static mmdebstrap mmdebstrap
+	qemu-system-x86 qemu-utils cryptsetup-bin erofs-utils e2fsprogs nftables busybox-static mmdebstrap shellcheck
 FUZZTIME ?= 20s
 
 # sudo and cron often know no PATH to a Go that is not Debian's.
@@ -23,7 +23,7 @@ SOURCES := go.mod go.sum $(shell find agent cmd hostbuild images initramfs inter
 
 PREFIX ?= /usr/local
 
-.PHONY: all deps base install test test-e2e bench demo regorus fuzz lint clean
+.PHONY: all deps base install test test-e2e test-oracles bench demo regorus fuzz lint clean test-nvflare
 .DELETE_ON_ERROR:
 
 all: $(MAINS) $(GUEST) bin/init-simulated bin/agent-simulated bin/cvm_build bin/demo-workload bin/bench-idle
@@ -69,10 +69,25 @@ install: bin/hostbuild bin/kbs-client
 
 # Units first; then the scenarios alone, since they time what QEMU does.
 test: all base deps
-	COFFER_TEST_OVMF=$(CURDIR)/build/base/snp/OVMF.amdsev.fd $(GO) test $$($(GO) list ./... | grep -v -e /test/scenarios -e /test/e2e)
+	COFFER_TEST_OVMF=$(CURDIR)/build/base/snp/OVMF.amdsev.fd $(GO) test $$($(GO) list ./... | grep -v -e /test/scenarios -e /test/e2e -e /test/nvflare)
 	$(GO) test -count=1 -timeout 40m -v ./test/scenarios
 test-e2e: all base deps
 	$(GO) test -count=1 -timeout 30m -v ./test/e2e
+# What others compute of the same inputs: sev-snp-measure of PyPI, in build/oracles.
+test-oracles:
+	@test -x build/oracles/bin/sev-snp-measure || { python3 -m venv build/oracles && build/oracles/bin/pip install -q sev-snp-measure==0.0.13; } || \
+	{ echo "test-oracles: SKIPPED: no python3 with venv and pip, or no package index"; exit 0; }; \
+	PATH=$(CURDIR)/build/oracles/bin:$$PATH COFFER_TEST_OVMF=$(wildcard $(CURDIR)/build/base/snp/OVMF.amdsev.fd) \
+	$(GO) test -count=1 -v -run Oracle ./internal/measure ./internal/snp/idblock
+# The real NVFlare from PyPI calls our cvm_build.
+NVFLARE := 2.9.0 2.7.3
+test-nvflare: DEPS += $(shell python3 -c 'import ensurepip' 2>/dev/null || echo python3-venv)
+test-nvflare: all base deps $(NVFLARE:%=build/nvflare/%/installed)
+	$(GO) test -count=1 -timeout 20m -v ./test/nvflare
+build/nvflare/%/installed: | deps
+	python3 -m venv --clear $(@D)
+	$(@D)/bin/pip install -q nvflare==$*
+	@touch $@
 bench: all base deps
 	bin/bench
 demo: all base deps

@@ -64,6 +64,7 @@ type Deps struct {
 	Lookup     func(ctx context.Context, host string) ([]netip.Addr, error)
 	Attach     func(context.Context, drives.Mount) error
 	Detach     func(target string) error
+	Overlay    func(target string, layers ...string) error
 	Evidence   func(platform, tee string) (evidence.Source, error)
 	KBS        func(cfg guestconfig.KBS, dial Dial) (KBS, error)
 	StartChild func(*exec.Cmd) (wait func() error, err error)
@@ -96,6 +97,8 @@ type agent struct {
 	runner   *workload.Runner
 	loop     *attest.Loop
 
+	configSource string // what the workload sees as /user_config
+
 	exitLogged <-chan struct{} // closed when the last run's exit has been logged
 }
 
@@ -107,6 +110,7 @@ func (a *agent) phases() []boot.Phase {
 		{Name: "handover", Deadline: 5 * s, Code: boot.CodeConfig, Run: a.takeOver},
 		{Name: "ports", Deadline: 10 * s, Code: boot.CodeFirewall, Run: a.ports},
 		{Name: "drives", Deadline: 60 * s, Code: boot.CodeDrive, Run: a.drives},
+		{Name: "user_config", Deadline: 60 * s, Code: boot.CodeUserConfig, Run: a.userConfig},
 		{Name: "containerd", Deadline: 40 * s, Code: boot.CodeContainerd, Run: a.containerd},
 		{Name: "image", Deadline: 60 * s, Code: boot.CodeImage, Run: a.container},
 		{Name: "attest", Deadline: firstWithin + roundTime + 10*s, Code: boot.CodeAttestation, Run: a.attest},
@@ -213,20 +217,21 @@ func (a *agent) end(phase string, err error) {
 	if a.logs != nil {
 		a.logs.close()
 	}
-	for _, target := range []string{a.Paths.UserData, a.Paths.UserConfig, a.Paths.Applog, a.Paths.Scratch} {
+	for _, target := range []string{a.mergedConfig(), a.Paths.UserData, a.Paths.UserConfig, a.Paths.Applog, a.Paths.Scratch} {
 		within(unmountTime, func() { _ = a.Detach(target) })
 	}
 }
 
 const unmountTime = 5 * time.Second
 
-// stopWorkload gives the workload time only where somebody asked for the stop.
+// stopWorkload gives the workload time only where somebody asked for the stop,
+// and no more than its last pass carries: nobody attests any more.
 func (a *agent) stopWorkload(polite bool) {
 	ctx, cancel := context.WithTimeout(context.Background(), graceTime+stopTime)
 	defer cancel()
 	var err error
-	if polite {
-		err = a.runner.Terminate(ctx, graceTime)
+	if polite && a.loop != nil {
+		err = a.runner.Terminate(ctx, min(graceTime, a.loop.Left()))
 	} else {
 		err = a.runner.Kill(ctx)
 	}
@@ -391,7 +396,7 @@ func (a *agent) container(ctx context.Context) error {
 		PidsMax:    w.PidsMax,
 		TmpMiB:     w.TmpMiB,
 		Binds: []workload.Bind{
-			{Source: p.UserConfig, Target: "/user_config", ReadOnly: true}, // startup scripts run from there
+			{Source: a.configSource, Target: "/user_config", ReadOnly: true}, // startup scripts run from there
 			{Source: p.UserData, Target: "/user_data"},
 			{Source: p.Applog, Target: "/applog", NoExec: true},
 			{Source: a.vault(), Target: "/vault"},

@@ -7,12 +7,15 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
 	"testing"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"coffer/agent"
 	"coffer/agent/agenttest"
@@ -25,6 +28,7 @@ import (
 	"coffer/internal/guestconfig"
 	"coffer/internal/netup"
 	"coffer/internal/testenv"
+	"coffer/internal/treedigest"
 	"coffer/kbsclient"
 )
 
@@ -127,6 +131,7 @@ func configured(t *testing.T, script string, src workload.ImageSource) *guest {
 			AllowedPorts: []guestconfig.Port{{Port: 8002, Proto: "tcp"}}, AllowedOutPorts: []guestconfig.Port{{Port: 443, Proto: "tcp"}}},
 		Attestation: guestconfig.Attestation{CheckFrequency: 1, MaxStaleness: 60, FailureAction: guestconfig.ActionStopJob},
 		Workload:    guestconfig.Workload{ImageName: "test", ImageDigest: digest, Args: []string{script}, PidsMax: 64, TmpMiB: 8},
+		UserConfig:  guestconfig.UserConfig{Integrity: guestconfig.IntegrityOff},
 	}
 	g.deps = agent.Deps{
 		Paths: p,
@@ -155,6 +160,7 @@ func configured(t *testing.T, script string, src workload.ImageSource) *guest {
 		},
 		Attach:     func(context.Context, drives.Mount) error { return nil },
 		Detach:     func(string) error { return nil },
+		Overlay:    drives.Overlay,
 		Evidence:   func(string, string) (evidence.Source, error) { return fakeSource{}, nil },
 		KBS:        func(_ guestconfig.KBS, dial agent.Dial) (agent.KBS, error) { g.kbs.dial = dial; return g.kbs, nil },
 		StartChild: agenttest.StartChild,
@@ -243,7 +249,7 @@ func TestLife(t *testing.T) {
 			phases = append(phases, strings.Fields(name)[0])
 		}
 	}
-	if want := strings.Fields("system handover ports drives containerd image attest workload"); !slices.Equal(phases, want) {
+	if want := strings.Fields("system handover ports drives user_config containerd image attest workload"); !slices.Equal(phases, want) {
 		t.Errorf("phases %v, want %v", phases, want)
 	}
 	for _, want := range []string{
@@ -289,6 +295,102 @@ func TestLife(t *testing.T) {
 	}
 	if _, err := os.Stat(g.dir + "/scratch/upper/old"); err == nil {
 		t.Error("the writable layer of the last boot is still there")
+	}
+}
+
+// pin pins files of user_config, all of them where none is named.
+func (g *guest) pin(required ...string) {
+	g.t.Helper()
+	g.cfg.UserConfig.Integrity = guestconfig.IntegrityPinned
+	if len(required) > 0 {
+		g.cfg.UserConfig.Integrity = guestconfig.IntegrityRequired
+	}
+	tree, err := treedigest.Scan(map[string]string{"kit": g.dir + "/user_config/kit"}, required...)
+	if err != nil {
+		g.t.Fatal(err)
+	}
+	g.cfg.UserConfig.Files = tree
+}
+
+// A host that rewrites the drive, before the boot or behind the guest's back,
+// changes nothing that is pinned.
+func TestUserConfigIsPinned(t *testing.T) {
+	const script = `trap "exit 0" TERM; cat /user_config/kit/a; cat /user_config/kit/b; touch /user_config/kit/c && echo writable; echo ready; while :; do sleep 1 & wait $!; done`
+	kit := func(g *guest, name, text string) {
+		t.Helper()
+		if err := errors.Join(os.MkdirAll(g.dir+"/user_config/kit", 0o755), os.WriteFile(g.dir+"/user_config/kit/"+name, []byte(text), 0o644)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	start := func(t *testing.T, required ...string) *guest {
+		g := newGuest(t, script)
+		g.deps.Detach = func(target string) error {
+			if strings.HasSuffix(target, "/merged") {
+				return unix.Unmount(target, unix.MNT_DETACH)
+			}
+			return nil
+		}
+		kit(g, "a", "A as built\n")
+		kit(g, "b", "B as built\n")
+		g.pin(required...)
+		return g
+	}
+	// The phase before containerd is the last that reads the drive.
+	rewriteAfterwards := func(g *guest) {
+		g.deps.StartChild = func(c *exec.Cmd) (func() error, error) {
+			kit(g, "a", "A of the host\n")
+			return agenttest.StartChild(c)
+		}
+	}
+	t.Run("pinned", func(t *testing.T) {
+		g := start(t)
+		rewriteAfterwards(g)
+		ended := g.start()
+		g.console.Await(t, "workload: ready")
+		g.stop <- "test"
+		text := strings.Join(g.end(ended), "\n")
+		for _, want := range []string{"user_config integrity=pinned entries=3 digest=" + g.cfg.UserConfig.Files.Digest(), "workload: A as built", "workload: B as built"} {
+			if !strings.Contains(text, want) {
+				t.Errorf("console lacks %q", want)
+			}
+		}
+		if strings.Contains(text, "workload: writable") {
+			t.Error("/user_config is writable")
+		}
+	})
+	t.Run("required", func(t *testing.T) {
+		g := start(t, "kit/a")
+		kit(g, "b", "B of the site\n")
+		rewriteAfterwards(g)
+		ended := g.start()
+		g.console.Await(t, "workload: ready")
+		g.stop <- "test"
+		text := strings.Join(g.end(ended), "\n")
+		for _, want := range []string{"user_config integrity=required entries=2 digest=", "workload: A as built", "workload: B of the site"} {
+			if !strings.Contains(text, want) {
+				t.Errorf("console lacks %q", want)
+			}
+		}
+	})
+	for _, tc := range []struct {
+		name     string
+		required []string
+		change   func(g *guest)
+		want     string
+	}{
+		{"changed", nil, func(g *guest) { kit(g, "a", "A of the host\n") }, `user_config (integrity pinned): \"kit/a\" has more than its 11 bytes`},
+		{"removed", nil, func(g *guest) { os.Remove(g.dir + "/user_config/kit/b") }, `user_config (integrity pinned): \"kit/b\" was removed`},
+		{"added", nil, func(g *guest) { kit(g, "local.json", "{}") }, `user_config (integrity pinned): \"kit/local.json\" was added`},
+		{"required removed", []string{"kit/a"}, func(g *guest) { os.Remove(g.dir + "/user_config/kit/a") }, `user_config (integrity required): \"kit/a\" was removed`},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			g := configured(t, script, workload.ImageSource{})
+			kit(g, "a", "A as built\n")
+			kit(g, "b", "B as built\n")
+			g.pin(tc.required...)
+			tc.change(g)
+			g.last(g.end(g.start()), `coffer: FAILED phase=user_config code=E_USER_CONFIG detail="`+tc.want)
+		})
 	}
 }
 

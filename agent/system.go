@@ -47,6 +47,7 @@ func System(flush func()) Deps {
 		Lookup:     lookup,
 		Attach:     drives.Attach,
 		Detach:     detach,
+		Overlay:    drives.Overlay,
 		Evidence:   evidence.Open,
 		KBS:        newKBS,
 		StartChild: r.Start,

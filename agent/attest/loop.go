@@ -2,11 +2,14 @@ package attest
 
 import (
 	"context"
+	"errors"
 	"fmt"
+	"math"
 	"math/rand/v2"
 	"time"
 
 	"coffer/internal/boot"
+	"coffer/internal/guestconfig"
 )
 
 // Result is one round, as it is logged.
@@ -49,8 +52,8 @@ type Loop struct {
 	starts    chan start         // result of the start under way
 	abort     context.CancelFunc // of the start under way, nil when none
 	exited    <-chan error
-	why       error // reason of the last bad verdict
-	restarted bool  // the start under way is not the first
+	last      Result // the last round that ended
+	restarted bool   // the start under way is not the first
 }
 
 // start is how a start went.
@@ -144,11 +147,31 @@ func (l *Loop) settle(ctx context.Context) {
 	l.abort = nil
 }
 
+// reason says why the workload may not run.
 func (l *Loop) reason() error {
-	if l.why == nil {
-		return fmt.Errorf("no pass within %s", l.Policy.MaxStaleness)
+	r := l.last
+	if r.Verdict == Negative {
+		return fmt.Errorf("round %d was negative: %s", r.Seq, r.Reason)
 	}
-	return l.why
+	stale := fmt.Sprintf("no pass within %s", l.Policy.MaxStaleness)
+	if l.state.Job == JobWaiting {
+		stale = fmt.Sprintf("no first pass within %s", l.Policy.FirstWithin)
+	}
+	if r.Seq == 0 || r.Verdict == Pass {
+		return errors.New(stale)
+	}
+	return fmt.Errorf("%s; round %d was unknown: %s", stale, r.Seq, r.Reason)
+}
+
+// Left is how long the last pass carries the workload yet, if no round follows.
+func (l *Loop) Left() time.Duration {
+	if l.Policy.Action == guestconfig.ActionLog {
+		return math.MaxInt64
+	}
+	if !l.state.Passed {
+		return 0
+	}
+	return max(l.state.PassAt+l.Policy.MaxStaleness-l.Now(), 0)
 }
 
 // drive feeds Decide until it is done, or the guest has to end.
@@ -191,11 +214,7 @@ func (l *Loop) drive(ctx context.Context, done func() bool) (err error) {
 			return context.Cause(ctx)
 		case r := <-l.rounds:
 			ev = Event{Kind: RoundEnded, Verdict: r.Verdict, Started: r.Started}
-			if r.Verdict == Pass {
-				l.why = nil
-			} else {
-				l.why = fmt.Errorf("round %d was %s: %s", r.Seq, r.Verdict, r.Reason)
-			}
+			l.last = r
 			l.Report(r)
 		case st := <-l.starts:
 			if err := l.begun(st); err != nil {

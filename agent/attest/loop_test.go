@@ -171,6 +171,14 @@ func TestLoopRounds(t *testing.T) {
 		if w.running == nil {
 			t.Error("the loop stopped the workload; an orderly stop is its caller's")
 		}
+		left := w.Left()
+		if left < 4*time.Minute-time.Second || left > 5*time.Minute {
+			t.Errorf("the last pass carries for %v", left)
+		}
+		w.wait(left)
+		if w.Left() != 0 {
+			t.Errorf("after that it carries for %v", w.Left())
+		}
 		w.wait(time.Minute) // the round in flight
 	})
 }
@@ -215,7 +223,7 @@ func TestLoopRecovers(t *testing.T) {
 		if w.running != nil {
 			t.Fatal("runs with a pass older than max_staleness")
 		}
-		w.saw(t, "attestation action=stop_job reason=")
+		w.saw(t, `attestation action=stop_job reason="no pass within 5m0s; round `)
 		w.verdict = nil
 		w.wait(2 * time.Minute)
 		if w.running == nil || w.starts != 2 {

@@ -59,6 +59,9 @@ type Image struct {
 	Cmd          []string
 	DiffIDs      []string // sha256:<hex>, lowest layer first
 	Platform     string   // linux/amd64
+	// PythonModules are those installed in any layer; who takes the layers in
+	// fills them in.
+	PythonModules []string
 }
 
 // Layer is one layer of the image.
@@ -85,6 +88,8 @@ type Result struct {
 	Image  Image
 	Layers []Layer // of the image, in the order of DiffIDs
 	Meta   []byte  // an OCI layout tar with index, manifest and config, no layers
+	// Stream has the diff ID of each layer that Options.Layer got, in its order.
+	Stream []string
 }
 
 // Read reads the archive at name once, from the beginning to the end.
@@ -110,6 +115,7 @@ func Read(ctx context.Context, name string, o Options) (*Result, error) {
 	if err != nil {
 		return nil, fmt.Errorf("image archive %s: %w", name, err)
 	}
+	res.Stream = s.stream
 	return res, nil
 }
 
@@ -141,7 +147,7 @@ type scan struct {
 	docs     map[string][]byte // JSON documents, by hex SHA-256
 	docBytes int
 	layers   map[string]Layer // by diff ID
-	index    int              // layers so far
+	stream   []string         // diff IDs of the layers so far
 }
 
 // file is one regular file of the archive.
@@ -251,12 +257,13 @@ func (s *scan) document(r io.Reader) (file, error) {
 }
 
 func (s *scan) layer(r io.Reader) (file, error) {
-	if s.index == MaxLayers {
+	index := len(s.stream)
+	if index == MaxLayers {
 		return file{}, fmt.Errorf("%w: more than %d layers", ErrLimit, MaxLayers)
 	}
 	h := sha256.New()
 	in := &counter{r: io.TeeReader(r, h)}
-	if err := s.o.Layer(s.index, in); err != nil {
+	if err := s.o.Layer(index, in); err != nil {
 		return file{}, err
 	}
 	if n, err := in.Read(make([]byte, 1)); n != 0 || err != io.EOF {
@@ -264,9 +271,9 @@ func (s *scan) layer(r io.Reader) (file, error) {
 	}
 	id := "sha256:" + hex.EncodeToString(h.Sum(nil))
 	if _, twice := s.layers[id]; !twice {
-		s.layers[id] = Layer{DiffID: id, Size: in.n, Index: s.index}
+		s.layers[id] = Layer{DiffID: id, Size: in.n, Index: index}
 	}
-	s.index++
+	s.stream = append(s.stream, id)
 	return file{diffID: id}, nil
 }
 

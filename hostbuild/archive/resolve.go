@@ -88,17 +88,17 @@ func (s *scan) missingLayer(c candidate, i, n int, d digest.Digest) error {
 // choose picks the image that was asked for, and reads its config.
 func (s *scan) choose(all []candidate) (c candidate, config ocispec.Image, err error) {
 	list := func(cs []candidate) string {
-		var b strings.Builder
+		var names []string
 		for _, c := range cs {
-			fmt.Fprintf(&b, "\n  %s", c)
+			names = append(names, c.String())
 		}
-		return b.String()
+		return strings.Join(names, "; ")
 	}
 	named := all
 	if s.o.Ref != "" {
 		named = slices.DeleteFunc(slices.Clone(all), func(c candidate) bool { return !c.is(s.o.Ref) })
 		if len(named) == 0 {
-			return c, config, fmt.Errorf("%w: %q is not among these:%s", ErrNoImage, s.o.Ref, list(all))
+			return c, config, fmt.Errorf("%w: %q is not among these: %s", ErrNoImage, s.o.Ref, list(all))
 		}
 	}
 	var fit []candidate
@@ -124,7 +124,7 @@ func (s *scan) choose(all []candidate) (c candidate, config ocispec.Image, err e
 	case 1:
 		return fit[0], config, nil
 	}
-	return c, config, fmt.Errorf("%w: choose one by its name, or `docker save` only one:%s", ErrTwoImages, list(fit))
+	return c, config, fmt.Errorf("%w: set docker_image to one of them, or `docker save` only one: %s", ErrTwoImages, list(fit))
 }
 
 // platform is the only one that a confidential VM of ours runs.

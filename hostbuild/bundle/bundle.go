@@ -7,14 +7,10 @@
 package bundle
 
 import (
-	"archive/tar"
 	"bytes"
 	"cmp"
-	"compress/gzip"
-	"context"
 	"crypto/sha256"
 	_ "embed"
-	"encoding/hex"
 	"encoding/json"
 	"fmt"
 	"io"
@@ -44,9 +40,6 @@ const (
 	ManifestName = "manifest.json"
 )
 
-// Names lists all files of a bundle in the order of its archive.
-var names = []string{ManifestName, Readme, LaunchVM, OVMF, Kernel, Initrd, UserConfig, UserData, Applog, CryptRoot}
-
 // Manifest says what a bundle is made of.
 type Manifest struct {
 	Version       int                     `json:"version"`
@@ -57,13 +50,30 @@ type Manifest struct {
 	Files         []File                  `json:"files"` // all but the manifest
 	Cmdline       string                  `json:"cmdline"`
 	LaunchDigests []LaunchDigest          `json:"launch_digests"`
-	GuestFeatures string                  `json:"guest_features"` // SEV_FEATURES, hex
+	GuestFeatures string                  `json:"guest_features"`     // SEV_FEATURES, hex
+	IDBlock       *IDBlock                `json:"id_block,omitempty"` // where the owner signed the launch digests
 	Base          Base                    `json:"base"`
 	Image         Image                   `json:"image"`
 	Disk          guestconfig.Disk        `json:"disk"`
 	KBS           KBS                     `json:"kbs"`
 	Network       guestconfig.Network     `json:"network"`
 	Attestation   guestconfig.Attestation `json:"attestation"`
+	MinTCB        TCB                     `json:"min_tcb"`
+	UserConfig    UserConfigPin           `json:"user_config"`
+}
+
+// TCB is the oldest firmware that gets the key.
+type TCB struct {
+	Bootloader uint8 `json:"bootloader"`
+	TEE        uint8 `json:"tee"`
+	SNP        uint8 `json:"snp"`
+	Microcode  uint8 `json:"microcode"`
+}
+
+// UserConfigPin says what the guest demands of user_config.qcow2.
+type UserConfigPin struct {
+	Integrity string `json:"integrity"`
+	Digest    string `json:"digest"` // of the pinned entries, as the guest prints it
 }
 
 // File is a file of the bundle.
@@ -79,6 +89,16 @@ type LaunchDigest struct {
 	VCPUs  int    `json:"vcpus"`
 	Digest string `json:"digest"` // hex
 }
+
+// IDBlock says what the owner's ID blocks make every report of this CVM hold.
+type IDBlock struct {
+	KeyDigest string `json:"id_key_digest"` // hex, SHA-384 of the owner's public key
+	ImageID   string `json:"image_id"`      // the CVM's id as 16 bytes of ASCII, hex
+}
+
+// GuestPolicy is the SNP launch policy of every bundle: SMT allowed, no
+// debugging, no migration agent.
+const GuestPolicy = 0x30000
 
 // Base names the guest base and the packages in it.
 type Base struct {
@@ -133,7 +153,15 @@ type Launch struct {
 	MemoryMiB int64
 	Cmdline   string
 	Ports     []guestconfig.Port
-	Files     []File // of these, the measured ones are checked at the start
+	Files     []File          // of these, the measured ones are checked at the start
+	IDBlocks  []SignedIDBlock // one for each shape, or none
+}
+
+// SignedIDBlock is the ID block of one shape of the VM, as QEMU takes it.
+type SignedIDBlock struct {
+	CPU         string
+	VCPUs       int
+	Block, Auth string // base64
 }
 
 // LaunchScript renders launch_vm.sh.
@@ -160,6 +188,7 @@ func LaunchScript(l Launch) ([]byte, error) {
 			return nil, fmt.Errorf("launch_vm.sh: %q cannot stand in a shell script", s)
 		}
 	}
+	mac := sha256.Sum256([]byte(l.CVMID)) // two bundles on one bridge must differ
 	t := template.Must(template.New("launch_vm.sh").Funcs(template.FuncMap{
 		"join": func(s []string) string { return strings.Join(s, " ") },
 	}).Parse(launchTemplate))
@@ -167,7 +196,8 @@ func LaunchScript(l Launch) ([]byte, error) {
 	err := t.Execute(&b, map[string]any{
 		"CVMID": l.CVMID, "Platform": l.Platform, "Simulated": l.Platform == guestconfig.PlatformSimulated,
 		"CPUModels": l.CPUModels, "VCPUs": vcpus, "Cmdline": l.Cmdline, "TCPPorts": tcp, "UDPPorts": udp,
-		"MemoryMiB": l.MemoryMiB, "Sums": strings.Join(sums, "\n"),
+		"MemoryMiB": l.MemoryMiB, "MAC": fmt.Sprintf("52:54:00:%02x:%02x:%02x", mac[0], mac[1], mac[2]),
+		"Policy": fmt.Sprintf("%#x", uint64(GuestPolicy)), "IDBlocks": l.IDBlocks, "Sums": strings.Join(sums, "\n"),
 	})
 	return b.Bytes(), err
 }
@@ -204,41 +234,23 @@ Launch digests (platform %s):
 	return []byte(b.String())
 }
 
-// Describe hashes the named files of dir.
-func Describe(dir string, names ...string) ([]File, error) {
-	var out []File
-	for _, n := range names {
-		f, err := describe(filepath.Join(dir, n))
-		if err != nil {
-			return nil, err
-		}
-		out = append(out, f)
-	}
-	return out, nil
-}
-
-func describe(path string) (File, error) {
-	f, err := os.Open(path)
+// Marshal writes manifest.json.
+func (m *Manifest) Marshal() ([]byte, error) {
+	slices.SortFunc(m.Files, func(a, b File) int { return cmp.Compare(a.Name, b.Name) })
+	b, err := json.MarshalIndent(m, "", "  ")
 	if err != nil {
-		return File{}, err
+		return nil, err
 	}
-	defer f.Close()
-	h := sha256.New()
-	n, err := io.Copy(h, f)
-	if err != nil {
-		return File{}, fmt.Errorf("hash %s: %w", path, err)
-	}
-	return File{Name: filepath.Base(path), Size: n, SHA256: hex.EncodeToString(h.Sum(nil))}, nil
+	return append(b, '\n'), nil
 }
 
 // WriteManifest writes manifest.json into dir.
 func WriteManifest(dir string, m *Manifest) error {
-	slices.SortFunc(m.Files, func(a, b File) int { return cmp.Compare(a.Name, b.Name) })
-	b, err := json.MarshalIndent(m, "", "  ")
+	b, err := m.Marshal()
 	if err != nil {
 		return err
 	}
-	return os.WriteFile(filepath.Join(dir, ManifestName), append(b, '\n'), 0o644)
+	return os.WriteFile(filepath.Join(dir, ManifestName), b, 0o644)
 }
 
 // ReadManifest reads the manifest of an unpacked bundle.
@@ -248,72 +260,14 @@ func ReadManifest(dir string) (*Manifest, error) {
 		return nil, fmt.Errorf("%s is no bundle: %w", dir, err)
 	}
 	defer f.Close()
-	d := json.NewDecoder(io.LimitReader(f, 16<<20))
+	return ParseManifest(f.Name(), f)
+}
+
+// ParseManifest reads manifest.json; name is for messages.
+func ParseManifest(name string, r io.Reader) (*Manifest, error) {
 	var m Manifest
-	if err := d.Decode(&m); err != nil {
-		return nil, fmt.Errorf("%s: %w", f.Name(), err)
+	if err := json.NewDecoder(io.LimitReader(r, 16<<20)).Decode(&m); err != nil {
+		return nil, fmt.Errorf("%s: %w", name, err)
 	}
 	return &m, nil
-}
-
-// Pack writes all files of dir to w as a gzip'd tar whose top folder is the
-// CVM's id. The members hardly compress, most of them being encrypted: they are
-// stored, which every tar -z reads.
-func Pack(ctx context.Context, w io.Writer, dir string, m *Manifest) error {
-	zw, err := gzip.NewWriterLevel(w, gzip.NoCompression)
-	if err != nil {
-		return err
-	}
-	tw := tar.NewWriter(zw)
-	head := tar.Header{Typeflag: tar.TypeDir, Name: m.CVMID + "/", Mode: 0o755, ModTime: m.Created, Format: tar.FormatPAX}
-	if err := tw.WriteHeader(&head); err != nil {
-		return err
-	}
-	for _, n := range names {
-		if err := packFile(ctx, tw, filepath.Join(dir, n), m); err != nil {
-			return fmt.Errorf("pack %s: %w", n, err)
-		}
-	}
-	if err := tw.Close(); err != nil {
-		return err
-	}
-	return zw.Close()
-}
-
-func packFile(ctx context.Context, tw *tar.Writer, path string, m *Manifest) error {
-	f, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	defer f.Close()
-	st, err := f.Stat()
-	if err != nil {
-		return err
-	}
-	mode := int64(0o644)
-	if filepath.Base(path) == LaunchVM {
-		mode = 0o755
-	}
-	head := tar.Header{Typeflag: tar.TypeReg, Name: m.CVMID + "/" + filepath.Base(path), Mode: mode, Size: st.Size(), ModTime: m.Created, Format: tar.FormatPAX}
-	if err := tw.WriteHeader(&head); err != nil {
-		return err
-	}
-	buf := make([]byte, 1<<20)
-	for {
-		if err := ctx.Err(); err != nil {
-			return err
-		}
-		n, err := f.Read(buf)
-		if n > 0 {
-			if _, err := tw.Write(buf[:n]); err != nil {
-				return err
-			}
-		}
-		if err == io.EOF {
-			return nil
-		}
-		if err != nil {
-			return err
-		}
-	}
 }

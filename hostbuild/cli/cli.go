@@ -12,8 +12,11 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strings"
 
 	"github.com/spf13/cobra"
+	"golang.org/x/sys/unix"
+	"golang.org/x/term"
 
 	"coffer/hostbuild/settings"
 )
@@ -24,22 +27,34 @@ type App struct {
 	Stdout, Stderr io.Writer
 	Terminal       bool // Stderr is a terminal: progress may be shown
 
-	// JoinOutputs makes standard error the same pipe as standard output where
-	// neither is a terminal: NVFlare's packager reads a line of either in turn
-	// and dead-locks once one of them fills.
-	JoinOutputs func() error
-
 	settingsFile string
+}
+
+// Main runs the program on this process's outputs and returns the exit code.
+func Main(ctx context.Context, version string, args []string) int {
+	a := &App{Version: version, Stdout: os.Stdout, Stderr: os.Stderr, Terminal: term.IsTerminal(2)}
+	return a.Run(ctx, args)
+}
+
+// joinOutputs makes standard error the same pipe as standard output where neither
+// is a terminal: NVFlare's packager reads a line of either in turn, and dead-locks
+// once one of them fills.
+func (a *App) joinOutputs() error {
+	if a.Stderr != os.Stderr || term.IsTerminal(1) || term.IsTerminal(2) {
+		return nil
+	}
+	return unix.Dup2(1, 2)
 }
 
 // errUsage marks a command line that cannot be read.
 var errUsage = errors.New("usage")
 
 // Run runs args (args[0] is the program's name) and returns the exit code.
-// Called as cvm_build it is `hostbuild cvm`: NVFlare can give no verb.
+// Called as cvm_build, or with a YAML file in the place of a verb, it is
+// `hostbuild cvm`: NVFlare can give no verb.
 func (a *App) Run(ctx context.Context, args []string) int {
 	rest := args[1:]
-	if filepath.Base(args[0]) == "cvm_build" {
+	if strings.HasPrefix(filepath.Base(args[0]), "cvm_build") || len(rest) == 1 && isYAML(rest[0]) {
 		rest = append([]string{"cvm"}, rest...)
 	}
 	root := a.root()
@@ -47,13 +62,26 @@ func (a *App) Run(ctx context.Context, args []string) int {
 	root.SetOut(a.Stdout)
 	root.SetErr(a.Stderr)
 	if err := root.ExecuteContext(ctx); err != nil {
-		fmt.Fprintln(a.Stderr, "hostbuild:", err)
+		a.say("hostbuild", err.Error())
 		if errors.Is(err, errUsage) {
 			return 2
 		}
 		return 1
 	}
 	return 0
+}
+
+func isYAML(name string) bool {
+	ext := filepath.Ext(name)
+	return ext == ".yaml" || ext == ".yml"
+}
+
+// say writes a text to standard error, each of its lines under the same heading.
+// What is not UTF-8 in it, from a file's name, would end NVFlare's reader.
+func (a *App) say(heading, text string) {
+	for line := range strings.SplitSeq(strings.ToValidUTF8(text, "\uFFFD"), "\n") {
+		fmt.Fprintf(a.Stderr, "%s: %s\n", heading, line)
+	}
 }
 
 func (a *App) root() *cobra.Command {
@@ -72,7 +100,7 @@ gives its key and its rule to a Trustee KBS, and can be that KBS itself.`,
 	root.CompletionOptions.HiddenDefaultCmd = true
 	root.PersistentFlags().StringVar(&a.settingsFile, "settings", "", "settings of this build host (default $COFFER_SETTINGS, ~/.config/coffer/hostbuild.yaml, /etc/coffer/hostbuild.yaml)")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return fmt.Errorf("%w: %w", errUsage, err) })
-	root.AddCommand(a.cvm(), a.base(), a.kbs(), a.policy(), a.drive(), a.measure())
+	root.AddCommand(a.cvm(), a.base(), a.kbs(), a.policy(), a.drive(), a.measure(), a.report())
 	return root
 }
 
@@ -108,7 +136,7 @@ func (a *App) settings() (*settings.Settings, error) {
 
 func (a *App) warn(ws []string) {
 	for _, w := range ws {
-		fmt.Fprintln(a.Stderr, "warning:", w)
+		a.say("warning", w)
 	}
 }
 

@@ -6,15 +6,11 @@ import (
 	"net"
 	"os"
 	"path/filepath"
-	"slices"
-	"strconv"
-	"strings"
 
 	"github.com/spf13/cobra"
 
 	"coffer/hostbuild/kbs"
 	"coffer/hostbuild/yamlcheck"
-	"coffer/internal/snp"
 	"coffer/internal/snp/verify"
 )
 
@@ -68,11 +64,11 @@ func (a *App) kbsServe() *cobra.Command {
 		Long: `Serves the protocol of Trustee's KBS. Each decision is one line on standard error;
 figures are at /metrics, and /healthz answers while it serves. It stops in order on SIGTERM.
 
---min-tcb is bootloader.tee.snp.microcode, the lowest firmware that a product's reports
-may show. Genoa has a default, 10.0.23.84. Turin and Milan are refused until they are
+--min-tcb is bootloader/tee/snp/microcode, the lowest firmware that a product's reports
+may show. Genoa has a default, 10/0/23/84. Turin and Milan are refused until they are
 given one; Milan's reports can be forged (docs/security.md).`,
 		Example: `  hostbuild kbs serve --dir /srv/kbs --listen 0.0.0.0:8999
-  hostbuild kbs serve --dir /srv/kbs --min-tcb Turin=1.1.4.71 --kds https://kdsintf.amd.com`,
+  hostbuild kbs serve --dir /srv/kbs --min-tcb Turin=1/1/1/4/71 --kds https://kdsintf.amd.com`,
 		Args: usage(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			var err error
@@ -84,8 +80,13 @@ given one; Milan's reports can be forged (docs/security.md).`,
 					return err
 				}
 			}
-			if o.MinTCB, err = parseMinTCB(minTCB); err != nil {
-				return fmt.Errorf("%w: %w", errUsage, err)
+			o.MinTCB = verify.DefaultMinTCB()
+			for _, m := range minTCB {
+				product, min, err := parseMinTCB(m)
+				if err != nil {
+					return err
+				}
+				o.MinTCB[product] = min
 			}
 			o.Dialect = kbs.Dialect(dialect)
 			o.Logger = slog.New(slog.NewTextHandler(a.Stderr, nil))
@@ -104,7 +105,7 @@ given one; Milan's reports can be forged (docs/security.md).`,
 	f.StringVar(&o.Dir, "dir", "", "the folder that `kbs init` made")
 	f.StringVar(&listen, "listen", "127.0.0.1:8999", "address to listen at")
 	f.StringVar(&dialect, "dialect", string(kbs.DialectH), "T (2025-07, as NVFlare pins it) or H (2026-08)")
-	f.StringArrayVar(&minTCB, "min-tcb", nil, "PRODUCT=N.N.N.N, may be repeated")
+	f.StringArrayVar(&minTCB, "min-tcb", nil, "`PRODUCT=bootloader/tee/snp/microcode`, Turin with its fmc first; may be repeated (default: Genoa alone)")
 	f.StringVar(&o.KDS, "kds", "", "URL of AMD's KDS or of a mirror, for VCEKs that evidence lacks (default: none is asked)")
 	f.Float64Var(&o.Rate, "rate", 200, "requests a second of one address; 0: any number")
 	f.StringVar(&o.AdminIssuer, "admin-issuer", "", "iss that admin tokens must name (dialect H; default any)")
@@ -113,26 +114,4 @@ given one; Milan's reports can be forged (docs/security.md).`,
 	f.BoolVar(&o.AllowSimulated, "allow-simulated", false, "accept simulated evidence: for tests, never for real secrets")
 	c.MarkFlagRequired("dir")
 	return c
-}
-
-// parseMinTCB reads PRODUCT=bootloader.tee.snp.microcode, on top of the defaults.
-func parseMinTCB(args []string) (map[string]snp.TCB, error) {
-	min := verify.DefaultMinTCB()
-	for _, arg := range args {
-		product, text, _ := strings.Cut(arg, "=")
-		parts := strings.Split(text, ".")
-		if !slices.Contains([]string{"Milan", "Genoa", "Turin"}, product) || len(parts) != 4 {
-			return nil, fmt.Errorf("--min-tcb %q: must be Milan, Genoa or Turin, =, and four numbers with dots between them", arg)
-		}
-		var n [4]uint8
-		for i, p := range parts {
-			v, err := strconv.ParseUint(p, 10, 8)
-			if err != nil {
-				return nil, fmt.Errorf("--min-tcb %q: %q is no number from 0 to 255", arg, p)
-			}
-			n[i] = uint8(v)
-		}
-		min[product] = snp.TCB{Bootloader: n[0], TEE: n[1], SNP: n[2], Microcode: n[3]}
-	}
-	return min, nil
 }

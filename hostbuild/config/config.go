@@ -9,6 +9,8 @@ package config
 import (
 	"fmt"
 	"net/netip"
+	"path"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strconv"
@@ -16,6 +18,7 @@ import (
 
 	"coffer/hostbuild/yamlcheck"
 	"coffer/internal/guestconfig"
+	"coffer/internal/measure"
 )
 
 // GB is the unit of the drive sizes.
@@ -30,6 +33,8 @@ type Config struct {
 	RootDriveSize, ApplogDriveSize, UserConfigDriveSize, UserDataDriveSize int64 // bytes
 
 	UserConfig map[string]string // name below /user_config to absolute host path
+	Integrity  string            // of the drive user_config, as guestconfig names it
+	Required   []string          // files below /user_config, with guestconfig.IntegrityRequired
 
 	Network     guestconfig.Network
 	Attestation guestconfig.Attestation
@@ -40,9 +45,13 @@ type Config struct {
 	VCPUs     []int    // allowed numbers of vCPUs, the first is the default
 	CPUModels []string // allowed QEMU CPU models, the first is the default
 	MemoryMiB int64
+	MinTCB    TCB // the oldest firmware that gets the key
 
 	Warnings []string
 }
+
+// TCB are security version numbers of a platform's firmware.
+type TCB struct{ Bootloader, TEE, SNP, Microcode uint8 }
 
 // Issuer is an entry of cc_issuers. Only NVFlare acts on it.
 type Issuer struct{ ID, Path string }
@@ -72,6 +81,7 @@ func build(doc *yamlcheck.Doc, m *yamlcheck.Map) (*Config, error) {
 
 	if m.Has("include") {
 		m.Faultf("include", "NVFlare resolves include: only for itself and hands it over unresolved; write the keys into this file")
+		return c, doc.Err() // other faults may be for what is missing here
 	}
 	if v := m.String("compute_env", "onprem_cvm"); v != "onprem_cvm" {
 		m.Faultf("compute_env", "%q switches confidential computing off at NVFlare; only onprem_cvm is a CVM", v)
@@ -99,6 +109,7 @@ func build(doc *yamlcheck.Doc, m *yamlcheck.Map) (*Config, error) {
 		}
 		c.UserConfig[name] = uc.Path(name)
 	}
+	c.Integrity, c.Required = integrity(m)
 
 	c.Network = network(m)
 	c.Attestation = attestation(m)
@@ -113,14 +124,59 @@ func build(doc *yamlcheck.Doc, m *yamlcheck.Map) (*Config, error) {
 	}
 	m.Strings("class_allow_list") // read by NVFlare alone
 
+	machine(m, c)
+
+	m.Finish()
+	c.Warnings = doc.Warnings()
+	return c, doc.Err()
+}
+
+// integrity reads user_config_integrity: pinned, off, or {required: [files]}.
+func integrity(m *yamlcheck.Map) (kind string, files []string) {
+	const key = "user_config_integrity"
+	if m.IsMap(key) {
+		r := m.Map(key)
+		defer r.Finish()
+		files = r.Strings("required")
+		if len(files) == 0 {
+			r.Faultf("required", "names no file")
+		}
+		for i, f := range files {
+			files[i] = strings.TrimPrefix(f, "/user_config/")
+			if !filepath.IsLocal(files[i]) || path.Clean(files[i]) != files[i] {
+				r.FaultItemf("required", i, "%q is not a file's path below /user_config, such as nvflare/startup/sub_start.sh", f)
+			}
+		}
+		return guestconfig.IntegrityRequired, files
+	}
+	switch s := m.String(key, guestconfig.IntegrityPinned); s {
+	case guestconfig.IntegrityPinned:
+	case "off", "false": // what NVFlare's YAML makes of a bare off
+		return guestconfig.IntegrityOff, nil
+	default:
+		m.Faultf(key, "%q is not pinned, off or {required: [files]}", s)
+	}
+	return guestconfig.IntegrityPinned, nil
+}
+
+// machine reads what the VM is made of.
+func machine(m *yamlcheck.Map, c *Config) {
 	c.CPUModels = m.Strings("cpu_models")
+	for i, model := range c.CPUModels {
+		if known := measure.CPUModels(); !slices.Contains(known, model) {
+			m.FaultItemf("cpu_models", i, "%q is no CPU model whose launch digest can be computed%s; known are %s", model, suggestion(model, known), strings.Join(known, ", "))
+		}
+		if slices.Contains(c.CPUModels[:i], model) {
+			m.FaultItemf("cpu_models", i, "%q stands twice", model)
+		}
+	}
 	if len(c.CPUModels) == 0 {
 		c.CPUModels = []string{"EPYC-v4"}
 	}
-	for _, s := range m.Strings("vcpus") {
+	for i, s := range m.Strings("vcpus") {
 		n, err := strconv.Atoi(s)
 		if err != nil || n < 1 || n > 255 || slices.Contains(c.VCPUs, n) {
-			m.Faultf("vcpus", "%q is not a number from 1 to 255, or stands twice", s)
+			m.FaultItemf("vcpus", i, "%q is not a number from 1 to 255, or stands twice", s)
 			continue
 		}
 		c.VCPUs = append(c.VCPUs, n)
@@ -129,10 +185,24 @@ func build(doc *yamlcheck.Doc, m *yamlcheck.Map) (*Config, error) {
 		c.VCPUs = []int{2}
 	}
 	c.MemoryMiB = m.Int("memory_mib", 2048, 512, 16<<20)
+	if w := c.Workload.MemoryMiB; w > c.MemoryMiB {
+		m.Faultf("memory_mib", "the VM has %d MiB, and workload.memory_mib is %d", c.MemoryMiB, w)
+	}
+	tcb := m.Map("min_tcb")
+	for _, part := range []struct {
+		key  string
+		into *uint8
+	}{{"bootloader", &c.MinTCB.Bootloader}, {"tee", &c.MinTCB.TEE}, {"snp", &c.MinTCB.SNP}, {"microcode", &c.MinTCB.Microcode}} {
+		*part.into = uint8(tcb.Int(part.key, 0, 0, 255))
+	}
+	tcb.Finish()
+}
 
-	m.Finish()
-	c.Warnings = doc.Warnings()
-	return c, doc.Err()
+func suggestion(word string, known []string) string {
+	if s := yamlcheck.Nearest(word, known); s != "" {
+		return ": did you mean " + s + "?"
+	}
+	return ""
 }
 
 func network(m *yamlcheck.Map) guestconfig.Network {
@@ -144,34 +214,53 @@ func network(m *yamlcheck.Map) guestconfig.Network {
 	for _, key := range []string{"hosts_entries", "host_entries"} { // the guide has both
 		h := m.Map(key)
 		for _, name := range h.Keys() {
-			addr := h.String(name, "")
-			if _, err := netip.ParseAddr(addr); err != nil {
-				h.Faultf(name, "%q is not an address", addr)
-				continue
+			if !guestconfig.ValidHostName(name) {
+				h.Faultf(name, "is not a host's name")
 			}
-			n.Hosts[name] = addr
+			n.Hosts[name] = address(h, name)
 		}
 	}
 	s := m.Map("network")
-	if s.Has("address") {
-		st := &guestconfig.Static{Address: s.String("address", ""), Gateway: s.Required("gateway", "the router's address"), DNS: s.Strings("dns")}
-		if _, err := netip.ParsePrefix(st.Address); err != nil {
-			s.Faultf("address", "%q is not address/bits, such as 192.0.2.7/24", st.Address)
-		}
-		for _, a := range append([]string{st.Gateway}, st.DNS...) {
-			if _, err := netip.ParseAddr(a); err != nil && a != "" {
-				s.Faultf("address", "%q is not an address", a)
+	defer s.Finish()
+	if !s.Has("address") {
+		for _, key := range []string{"gateway", "dns"} {
+			if s.Has(key) {
+				s.Faultf(key, "works only with network.address; without it the guest asks DHCP")
 			}
 		}
-		n.Static = st
+		return n
 	}
-	s.Finish()
+	n.Static = &guestconfig.Static{Address: s.String("address", ""), DNS: s.Strings("dns")}
+	prefix, err := netip.ParsePrefix(n.Static.Address)
+	if err != nil {
+		s.Faultf("address", "%q is not address/bits, such as 192.0.2.7/24", n.Static.Address)
+	}
+	if s.Required("gateway", "the router's address") != "" {
+		n.Static.Gateway = address(s, "gateway")
+		if gw, gerr := netip.ParseAddr(n.Static.Gateway); err == nil && gerr == nil && !prefix.Contains(gw) {
+			s.Faultf("gateway", "%s is not in %s", gw, prefix.Masked())
+		}
+	}
+	for i, a := range n.Static.DNS {
+		if _, err := netip.ParseAddr(a); err != nil {
+			s.FaultItemf("dns", i, "%q is not an address", a)
+		}
+	}
 	return n
+}
+
+// address reads an IP address.
+func address(m *yamlcheck.Map, key string) string {
+	s := m.String(key, "")
+	if _, err := netip.ParseAddr(s); err != nil {
+		m.Faultf(key, "%q is not an address", s)
+	}
+	return s
 }
 
 func ports(m *yamlcheck.Map, key string) []guestconfig.Port {
 	out := []guestconfig.Port{}
-	for _, s := range m.Strings(key) {
+	for i, s := range m.Strings(key) {
 		num, proto, ok := strings.Cut(s, "/")
 		if !ok {
 			proto = "tcp"
@@ -179,7 +268,7 @@ func ports(m *yamlcheck.Map, key string) []guestconfig.Port {
 		n, err := strconv.ParseUint(num, 10, 16)
 		p := guestconfig.Port{Port: uint16(n), Proto: proto}
 		if err != nil || n == 0 || (proto != "tcp" && proto != "udp") {
-			m.Faultf(key, "%q is not a port such as 8002 or 53/udp", s)
+			m.FaultItemf(key, i, "%q is not a port such as 8002 or 53/udp", s)
 			continue
 		}
 		if !slices.Contains(out, p) {

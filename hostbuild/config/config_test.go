@@ -90,6 +90,24 @@ func TestFaults(t *testing.T) {
 		{"folder name", "docker_archive: a\nuser_config: {../x: /tmp}\n", "is not a plain folder name"},
 		{"not a mapping", "- a\n", "not a list of keys and values"},
 		{"not YAML", "a: [\n", "not YAML"},
+		{"port position", "docker_archive: a\nallowed_ports:\n  - 80\n  - 53/icmp\n", `c.yaml:4:5: allowed_ports: "53/icmp" is not a port`},
+		{"vcpus", "docker_archive: a\nvcpus: [2, 256]\n", `c.yaml:2:12: vcpus: "256" is not a number from 1 to 255`},
+		{"vcpus twice", "docker_archive: a\nvcpus: [2, 2]\n", `c.yaml:2:12: vcpus: "2" is not a number from 1 to 255, or stands twice`},
+		{"cpu model", "docker_archive: a\ncpu_models: [EPYC-v4, EPYC-Genoaa]\n", `c.yaml:2:23: cpu_models: "EPYC-Genoaa" is no CPU model whose launch digest can be computed: did you mean EPYC-Genoa?`},
+		{"memory", "docker_archive: a\nmemory_mib: 256\n", `memory_mib: "256" is not a whole number from 512`},
+		{"memory of the workload", "docker_archive: a\nmemory_mib: 1024\nworkload: {memory_mib: 2048}\n", `c.yaml:2:13: memory_mib: the VM has 1024 MiB, and workload.memory_mib is 2048`},
+		{"tcb", "docker_archive: a\nmin_tcb: {snp: 256}\n", `c.yaml:2:16: min_tcb.snp: "256" is not a whole number from 0 to 255`},
+		{"tcb misspelt", "docker_archive: a\nmin_tcb: {microcod: 1}\n", `unknown key min_tcb.microcod: did you mean microcode?`},
+		{"gateway missing", "docker_archive: a\nnetwork: {address: 192.0.2.7/24}\n", `network.gateway is missing`},
+		{"gateway elsewhere", "docker_archive: a\nnetwork: {address: 192.0.2.7/24, gateway: 10.0.0.1}\n", `c.yaml:2:43: network.gateway: 10.0.0.1 is not in 192.0.2.0/24`},
+		{"dns", "docker_archive: a\nnetwork: {address: 192.0.2.7/24, gateway: 192.0.2.1, dns: [x]}\n", `network.dns: "x" is not an address`},
+		{"dns alone", "docker_archive: a\nnetwork: {dns: [192.0.2.1]}\n", `network.dns: works only with network.address`},
+		{"host name", "docker_archive: a\nhosts_entries: {'a b': 10.0.0.1}\n", `hosts_entries.a b: is not a host's name`},
+		{"merge key", "docker_archive: a\n<<: {role: server}\n", "c.yaml:2:1: merge keys are not read"},
+		{"integrity", "docker_archive: a\nuser_config_integrity: strict\n", `c.yaml:2:24: user_config_integrity: "strict" is not pinned, off or {required: [files]}`},
+		{"integrity without files", "docker_archive: a\nuser_config_integrity: {required: []}\n", `user_config_integrity.required: names no file`},
+		{"integrity of no file", "docker_archive: a\nuser_config_integrity: {required: [nvflare/a, ../b]}\n", `c.yaml:2:47: user_config_integrity.required: "../b" is not a file's path below /user_config`},
+		{"integrity misspelt", "docker_archive: a\nuser_config_integrity: {requird: [a]}\n", `unknown key user_config_integrity.requird: did you mean required?`},
 		{"staleness", "docker_archive: a\ncc_attestation: {check_frequency: 60, max_staleness: 30}\n", "max_staleness: 30 is less than check_frequency 60"},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -131,8 +149,40 @@ func TestDefaultsAreStrict(t *testing.T) {
 	if c.DockerArchive != filepath.Join(wd, "app.tar.gz") {
 		t.Errorf("a relative path counts from the working directory, got %q", c.DockerArchive)
 	}
-	if !slices.Equal(c.CPUModels, []string{"EPYC-v4"}) || !slices.Equal(c.VCPUs, []int{2}) {
+	if !slices.Equal(c.CPUModels, []string{"EPYC-v4"}) || !slices.Equal(c.VCPUs, []int{2}) || c.Integrity != guestconfig.IntegrityPinned {
 		t.Errorf("%v %v", c.CPUModels, c.VCPUs)
+	}
+}
+
+func TestUserConfigIntegrity(t *testing.T) {
+	for _, tc := range []struct {
+		value, kind string
+		files       []string
+	}{
+		{"", guestconfig.IntegrityPinned, nil},
+		{"pinned", guestconfig.IntegrityPinned, nil},
+		{"off", guestconfig.IntegrityOff, nil},
+		{"false", guestconfig.IntegrityOff, nil}, // NVFlare's parser turns off into false
+		{"{required: [nvflare/startup/sub_start.sh, /user_config/nvflare/local/x]}", guestconfig.IntegrityRequired, []string{"nvflare/startup/sub_start.sh", "nvflare/local/x"}},
+	} {
+		c, err := Parse("c.yaml", []byte("docker_archive: a\nuser_config_integrity: "+tc.value+"\n"))
+		if err != nil || c.Integrity != tc.kind || !slices.Equal(c.Required, tc.files) {
+			t.Errorf("%s: %v %+v", tc.value, err, c)
+		}
+	}
+}
+
+func TestOwnKeys(t *testing.T) {
+	c, err := Parse("c.yaml", []byte("docker_archive: a\nvcpus: [4, 2]\ncpu_models: EPYC-Genoa\nmemory_mib: 4096\nmin_tcb: {bootloader: 10, snp: 23, microcode: 84}\n"+
+		"network: {address: 192.0.2.7/24, gateway: 192.0.2.1, dns: [192.0.2.2]}\n"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	if !slices.Equal(c.VCPUs, []int{4, 2}) || !slices.Equal(c.CPUModels, []string{"EPYC-Genoa"}) || c.MemoryMiB != 4096 || c.MinTCB != (TCB{Bootloader: 10, SNP: 23, Microcode: 84}) {
+		t.Errorf("%+v", c)
+	}
+	if s := c.Network.Static; s == nil || s.Address != "192.0.2.7/24" || s.Gateway != "192.0.2.1" || !slices.Equal(s.DNS, []string{"192.0.2.2"}) {
+		t.Errorf("%+v", s)
 	}
 }
 

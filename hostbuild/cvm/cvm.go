@@ -3,19 +3,27 @@
 // the archive, in that order.
 //
 // It needs no root, no device and no VM. A build that fails leaves no bundle
-// under its final name, no key and no rule behind.
+// under its final name, no key and no rule behind. One that is killed leaves a
+// work folder, and the next build in the same output folder clears up after it.
+//
+// Verify makes the same again from the inputs, without a key and without a KBS.
 package cvm
 
 import (
+	"bytes"
+	"cmp"
 	"context"
 	"crypto/rand"
+	"crypto/sha256"
 	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
-	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
+	"slices"
+	"strconv"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -23,14 +31,16 @@ import (
 
 	"coffer/hostbuild/base"
 	"coffer/hostbuild/bundle"
+	"coffer/hostbuild/cache"
 	"coffer/hostbuild/config"
 	"coffer/hostbuild/disk"
-	"coffer/hostbuild/measure"
+	"coffer/hostbuild/disk/luks2"
 	"coffer/hostbuild/policy"
 	"coffer/hostbuild/register"
 	"coffer/hostbuild/settings"
 	"coffer/initramfs"
 	"coffer/internal/guestconfig"
+	"coffer/internal/measure"
 )
 
 // GuestFeatures is SEV_FEATURES as upstream KVM and QEMU 9.1 and later set it: SNPActive.
@@ -45,29 +55,31 @@ type Params struct {
 	TEE      string
 	Progress func(stage string, done, total int64) // may be nil
 	Warn     func(policy.Finding)                  // about the policy folder's own text; may be nil
-	Now      time.Time
+	Now      time.Time                             // the bundle's time; it counts in whole seconds
+
+	rand io.Reader // of tests; nil: crypto/rand
 }
 
 // Result is a finished bundle.
 type Result struct {
 	Path     string // absolute, of the .tgz
 	Manifest *bundle.Manifest
+	Warnings []string
 }
 
 // Build makes one bundle.
-func Build(ctx context.Context, p Params) (res *Result, err error) {
-	if p.Progress == nil {
-		p.Progress = func(string, int64, int64) {}
-	}
+func Build(ctx context.Context, p Params) (*Result, error) {
+	p = p.withDefaults()
 	s := p.Settings
-	guestBase, err := base.Open(s.BaseDir)
+	guestBase, err := openBase(p)
 	if err != nil {
-		return nil, fmt.Errorf("guest base %s: %w", s.BaseDir, err)
+		return nil, err
 	}
-	if p.TEE == "sample" && guestBase.Platform != guestconfig.PlatformSimulated {
-		return nil, fmt.Errorf("sample evidence works on the simulated platform alone, and the base %s is for %s", s.BaseDir, guestBase.Platform)
+	in, err := checkInputs(p.Config, s)
+	if err != nil {
+		return nil, err
 	}
-	if err := checkInputs(p.Config); err != nil {
+	if _, err := readIDKey(s.IDKey); err != nil {
 		return nil, err
 	}
 	reg, err := register.Open(s)
@@ -78,46 +90,28 @@ func Build(ctx context.Context, p Params) (res *Result, err error) {
 	if err := reg.Check(ctx); err != nil { // before the work, not after it
 		return nil, err
 	}
-
-	id, err := newID()
+	id, err := newID(p.rand)
 	if err != nil {
 		return nil, err
 	}
-	if err := os.MkdirAll(s.OutputDir, 0o755); err != nil {
-		return nil, fmt.Errorf("output_dir: %w", err)
-	}
-	work, err := os.MkdirTemp(s.OutputDir, "."+id+".")
+	w, err := newWork(ctx, s.OutputDir, id, reg)
 	if err != nil {
 		return nil, fmt.Errorf("output_dir: %w", err)
 	}
-	defer os.RemoveAll(work)
-	dir := filepath.Join(work, id)
-	if err := os.Mkdir(dir, 0o755); err != nil {
-		return nil, err
-	}
+	defer w.close()
+	store, warnings := openCache(s)
 
-	key, err := newPassphrase()
+	key, err := newPassphrase(p.rand)
 	if err != nil {
 		return nil, err
 	}
 	defer clear(key)
-
-	root, err := buildDisks(ctx, p, guestBase, dir, key)
+	m, cacheErr, err := pack(ctx, p, guestBase, string(reg.CA), w, key, store, in)
 	if err != nil {
 		return nil, err
 	}
-
-	gc := guestConfig(p, id, string(reg.CA), guestBase, root)
-	p.Progress("initrd", 0, 0)
-	m, err := assemble(dir, gc, guestBase, root, p)
-	if err != nil {
-		return nil, err
-	}
-
-	tgz := filepath.Join(work, id+".tgz")
-	p.Progress("pack", 0, 0)
-	if err := pack(ctx, tgz, dir, m); err != nil {
-		return nil, err
+	if cacheErr != nil {
+		warnings = append(warnings, fmt.Sprintf("the image is not cached: %v", cacheErr))
 	}
 
 	p.Progress("register", 0, 0)
@@ -125,40 +119,68 @@ func Build(ctx context.Context, p Params) (res *Result, err error) {
 	if err != nil {
 		return nil, err
 	}
-	undo, err := reg.AddCVM(ctx, rule, key)
-	if err != nil {
+	if err := w.registering(); err != nil {
+		return nil, err
+	}
+	if err := reg.AddCVM(ctx, rule, key); err != nil {
 		return nil, err
 	}
 	final := filepath.Join(s.OutputDir, id+".tgz")
-	if err := os.Rename(tgz, final); err != nil {
-		return nil, errors.Join(fmt.Errorf("place the bundle: %w", err), undo(context.WithoutCancel(ctx)))
+	if err := os.Rename(w.tgz(), final); err != nil {
+		return nil, errors.Join(fmt.Errorf("place the bundle: %w", err), reg.ForgetCVM(context.WithoutCancel(ctx), rule))
 	}
-	if err := syncDir(s.OutputDir); err != nil {
-		return nil, err
-	}
-	return &Result{Path: final, Manifest: m}, nil
-}
-
-// checkInputs fails early on files that are not there.
-func checkInputs(c *config.Config) error {
-	var errs []error
-	check := func(key, path string) {
-		if _, err := os.Stat(path); errors.Is(err, fs.ErrNotExist) {
-			errs = append(errs, fmt.Errorf("%s: %s is not there", key, path))
-		} else if err != nil {
-			errs = append(errs, fmt.Errorf("%s: %w", key, err))
+	if store != nil {
+		if _, err := store.Prune(s.CacheSize); err != nil {
+			warnings = append(warnings, err.Error())
 		}
 	}
-	check("docker_archive", c.DockerArchive)
-	for name, path := range c.UserConfig {
-		check("user_config."+name, path)
-	}
-	return errors.Join(errs...)
+	return &Result{Path: final, Manifest: m, Warnings: warnings}, nil
 }
 
-func newID() (string, error) {
+func (p Params) withDefaults() Params {
+	if p.Progress == nil {
+		p.Progress = func(string, int64, int64) {}
+	}
+	if p.rand == nil {
+		p.rand = rand.Reader
+	}
+	p.Now = p.Now.UTC().Truncate(time.Second)
+	return p
+}
+
+func openBase(p Params) (*base.Base, error) {
+	dir := p.Settings.BaseDir
+	b, err := base.Open(dir)
+	if err != nil {
+		return nil, fmt.Errorf("guest base %s: %w", dir, err)
+	}
+	if p.TEE == "sample" && b.Platform != guestconfig.PlatformSimulated {
+		return nil, fmt.Errorf("sample evidence works on the simulated platform alone, and the base %s is for %s", dir, b.Platform)
+	}
+	if p.Settings.OVMF != "" {
+		b.OVMF = p.Settings.OVMF
+	}
+	if _, err := measure.ReadOVMF(b.OVMF); err != nil {
+		return nil, err
+	}
+	return b, nil
+}
+
+// openCache opens the cache of layers. Without it builds only take longer.
+func openCache(s *settings.Settings) (*cache.Cache, []string) {
+	if s.CacheSize == 0 {
+		return nil, nil
+	}
+	c, err := cache.Open(s.CacheDir)
+	if err != nil {
+		return nil, []string{err.Error()}
+	}
+	return c, nil
+}
+
+func newID(rand io.Reader) (string, error) {
 	b := make([]byte, 6)
-	if _, err := rand.Read(b); err != nil {
+	if _, err := io.ReadFull(rand, b); err != nil {
 		return "", err
 	}
 	return "cvm_" + hex.EncodeToString(b), nil
@@ -166,10 +188,10 @@ func newID() (string, error) {
 
 // newPassphrase returns 128 lower-case hex characters of 64 random bytes: text,
 // because a KBS backed by Vault stores nothing else.
-func newPassphrase() ([]byte, error) {
+func newPassphrase(rand io.Reader) ([]byte, error) {
 	b := make([]byte, 64)
 	defer clear(b)
-	if _, err := rand.Read(b); err != nil {
+	if _, err := io.ReadFull(rand, b); err != nil {
 		return nil, err
 	}
 	out := make([]byte, hex.EncodedLen(len(b)))
@@ -177,24 +199,74 @@ func newPassphrase() ([]byte, error) {
 	return out, nil
 }
 
-func buildDisks(ctx context.Context, p Params, b *base.Base, dir string, key []byte) (*disk.Root, error) {
+// pack writes the whole bundle: crypt_root straight into the archive, beside it
+// the small drives into the work folder, and then all the rest.
+func pack(ctx context.Context, p Params, b *base.Base, ca string, w *work, key []byte, store *cache.Cache, in inputs) (m *bundle.Manifest, cacheErr, err error) {
+	// user_config holds private keys of the site: the bundle is for its owner alone.
+	f, err := os.OpenFile(w.tgz(), os.O_RDWR|os.O_CREATE|os.O_EXCL, 0o600)
+	if err != nil {
+		return nil, nil, err
+	}
+	defer func() { err = errors.Join(err, f.Close()) }()
+	a, err := bundle.NewArchive(f, w.id, p.Now)
+	if err != nil {
+		return nil, nil, err
+	}
+	member := a.NewMember(bundle.CryptRoot, 0o644)
+	root, err := buildDisks(ctx, p, b, w, key, member, store)
+	if err != nil {
+		return nil, nil, err
+	}
+	if err := in.checkImage(root.Image.PythonModules); err != nil {
+		return nil, nil, err
+	}
+	p.Progress("pack", 0, 0)
+	cryptRoot, err := member.Close()
+	if err != nil {
+		return nil, nil, err
+	}
+	gc := guestConfig(p, w.id, ca, b, root, in.pinned)
+	m, err = assemble(a, cryptRoot, w.dir, gc, b, root, p)
+	if err != nil {
+		return nil, nil, err
+	}
+	return m, root.CacheErr, a.Close()
+}
+
+// drives describes the plain drives of a bundle, to be made in dir. The same
+// inputs give the same bytes with the same e2fsprogs.
+func drives(p Params, id, dir string) []disk.DriveParams {
 	c := p.Config
-	var root *disk.Root
-	g, ctx := errgroup.WithContext(ctx)
-	g.Go(func() (err error) {
-		root, err = disk.BuildRoot(ctx, disk.RootParams{
-			Out: filepath.Join(dir, bundle.CryptRoot), Size: c.RootDriveSize, Passphrase: key,
-			Archive: c.DockerArchive, ImageRef: c.DockerImage, Files: rootFiles(b),
-			Time: p.Now, Rand: rand.Reader, Progress: p.Progress,
-		})
-		return err
-	})
-	for _, d := range []disk.DriveParams{
+	ds := []disk.DriveParams{
 		{Out: bundle.Applog, Size: c.ApplogDriveSize, Label: "applog"},
 		{Out: bundle.UserConfig, Size: c.UserConfigDriveSize, Label: "user_config", Trees: c.UserConfig},
 		{Out: bundle.UserData, Size: c.UserDataDriveSize, Label: "user_data"},
-	} {
-		d.Out, d.Time = filepath.Join(dir, d.Out), p.Now
+	}
+	for i := range ds {
+		d := &ds[i]
+		sum := sha256.Sum256([]byte(id + " " + d.Label))
+		d.Out, d.Time, d.UUID = filepath.Join(dir, d.Out), p.Now, luks2.UUID([16]byte(sum[:]))
+	}
+	return ds
+}
+
+func rootParams(p Params, b *base.Base, temp string) disk.RootParams {
+	c := p.Config
+	return disk.RootParams{
+		Temp: temp, Size: c.RootDriveSize, Archive: c.DockerArchive, ImageRef: c.DockerImage, Files: rootFiles(b),
+		Time: p.Now, Rand: p.rand, Progress: p.Progress,
+	}
+}
+
+func buildDisks(ctx context.Context, p Params, b *base.Base, w *work, key []byte, out disk.Target, store *cache.Cache) (root *disk.Root, err error) {
+	g, ctx := errgroup.WithContext(ctx)
+	g.Go(func() (err error) {
+		rp := rootParams(p, b, w.dir)
+		rp.Out, rp.Passphrase, rp.Cache = out, key, store
+		root, err = disk.BuildRoot(ctx, rp)
+		return err
+	})
+	for _, d := range drives(p, w.id, w.dir) {
 		g.Go(func() error {
 			if err := disk.BuildDrive(ctx, d); err != nil {
 				return fmt.Errorf("drive %s: %w", d.Label, err)
@@ -202,10 +274,7 @@ func buildDisks(ctx context.Context, p Params, b *base.Base, dir string, key []b
 			return nil
 		})
 	}
-	if err := g.Wait(); err != nil {
-		return nil, err
-	}
-	return root, nil
+	return root, g.Wait()
 }
 
 // rootFiles is the verity root without the image.
@@ -216,8 +285,8 @@ func rootFiles(b *base.Base) []disk.File {
 		"/image", "/scratch", "/user_config", "/user_data", "/applog", "/vault", "/host"} {
 		fs = append(fs, disk.File{Path: d, Mode: dir | 0o755})
 	}
-	for path, src := range b.Programs {
-		fs = append(fs, disk.File{Path: path, Mode: regular | 0o755, Source: src})
+	for _, path := range slices.Sorted(maps.Keys(b.Programs)) {
+		fs = append(fs, disk.File{Path: path, Mode: regular | 0o755, Source: b.Programs[path]})
 	}
 	fs = append(fs,
 		disk.File{Path: "/etc/ssl/certs/ca-certificates.crt", Mode: regular | 0o644, Source: b.CACerts},
@@ -229,143 +298,143 @@ func rootFiles(b *base.Base) []disk.File {
 	return fs
 }
 
-func guestConfig(p Params, id, ca string, b *base.Base, root *disk.Root) *guestconfig.Config {
+func keyPath(id string) string    { return "keys/root/" + id }
+func canaryPath(id string) string { return "keys/canary/" + id }
+
+func guestConfig(p Params, id, ca string, b *base.Base, root *disk.Root, pinned guestconfig.UserConfig) *guestconfig.Config {
 	c := p.Config
 	w := c.Workload
 	w.ImageName, w.ImageDigest = root.Image.Name, root.Image.Digest
 	return &guestconfig.Config{
 		Version: guestconfig.Version, CVMID: id, Platform: b.Platform, TEE: p.TEE, BuildTime: p.Now.Unix(),
-		KBS: guestconfig.KBS{URL: p.Settings.KBSGuestURL, CA: ca, KeyPath: "keys/root/" + id, CanaryPath: "keys/canary/" + id},
+		KBS: guestconfig.KBS{URL: p.Settings.KBSGuestURL, CA: ca, KeyPath: keyPath(id), CanaryPath: canaryPath(id)},
 		Disk: guestconfig.Disk{
 			Serial: "crypt_root", HeaderSHA256: root.HeaderSHA256, DataOffset: root.DataOffset, PayloadSize: root.PayloadSize,
 			Verity: root.Verity, Scratch: root.Scratch,
 		},
-		Network: c.Network, Attestation: c.Attestation, Workload: w,
+		Network: c.Network, Attestation: c.Attestation, Workload: w, UserConfig: pinned,
 	}
 }
 
-// assemble writes all files but the disks, and predicts the launch digests.
-func assemble(dir string, gc *guestconfig.Config, b *base.Base, root *disk.Root, p Params) (*bundle.Manifest, error) {
-	doc, err := gc.Marshal()
-	if err != nil {
-		return nil, err
-	}
-	if err := writeInitrd(filepath.Join(dir, bundle.Initrd), b.Initrd, doc); err != nil {
-		return nil, fmt.Errorf("initrd: %w", err)
-	}
-	for src, name := range map[string]string{b.Kernel: bundle.Kernel, b.OVMF: bundle.OVMF} {
-		if err := copyFile(filepath.Join(dir, name), src); err != nil {
-			return nil, err
-		}
-	}
+// assemble packs all files but crypt_root, and predicts the launch digests.
+func assemble(a *bundle.Archive, cryptRoot bundle.File, dir string, gc *guestconfig.Config, b *base.Base, root *disk.Root, p Params) (*bundle.Manifest, error) {
 	m := &bundle.Manifest{
-		Version: 1, CVMID: gc.CVMID, Platform: gc.Platform, TEE: gc.TEE, Created: p.Now.UTC().Truncate(time.Second),
+		Version: 1, CVMID: gc.CVMID, Platform: gc.Platform, TEE: gc.TEE, Created: p.Now,
 		Cmdline: bundle.Cmdline(gc.Platform, gc.CVMID), GuestFeatures: fmt.Sprintf("%#x", GuestFeatures),
 		Base:  bundle.Base{ID: b.ID, KernelVersion: b.KernelVersion},
 		Image: bundle.Image{Name: root.Image.Name, Digest: root.Image.Digest, ConfigDigest: root.Image.ConfigDigest, DiffIDs: root.Image.DiffIDs},
 		Disk:  gc.Disk, KBS: bundle.KBS{URL: gc.KBS.URL, KeyPath: gc.KBS.KeyPath, CanaryPath: gc.KBS.CanaryPath},
-		Network: gc.Network, Attestation: gc.Attestation,
+		Network: gc.Network, Attestation: gc.Attestation, MinTCB: bundle.TCB(p.Config.MinTCB),
+		UserConfig: bundle.UserConfigPin{Integrity: gc.UserConfig.Integrity, Digest: gc.UserConfig.Files.Digest()},
+		Files:      []bundle.File{cryptRoot},
 	}
 	for _, pk := range b.Packages {
 		m.Base.Packages = append(m.Base.Packages, bundle.Package{Name: pk.Name, Version: pk.Version, SHA256: pk.SHA256})
 	}
-	if err := predict(dir, m, p.Config); err != nil {
+	initrd, err := makeInitrd(gc, b)
+	if err != nil {
 		return nil, err
 	}
-	m.Files, err = bundle.Describe(dir, bundle.Kernel, bundle.Initrd, bundle.OVMF)
+	add := func(f bundle.File, err error) error {
+		m.Files = append(m.Files, f)
+		return err
+	}
+	addBytes := func(name string, mode int64, data []byte) error {
+		return add(a.Add(name, mode, bytes.NewReader(data), int64(len(data))))
+	}
+	err = cmp.Or(
+		add(a.AddFile(bundle.OVMF, 0o644, b.OVMF)),
+		add(a.AddFile(bundle.Kernel, 0o644, b.Kernel)),
+		addBytes(bundle.Initrd, 0o644, initrd),
+	)
+	if err != nil {
+		return nil, err
+	}
+	if m.LaunchDigests, err = predict(m, b.OVMF, p.Config.CPUModels, p.Config.VCPUs); err != nil {
+		return nil, err
+	}
+	blocks, err := signShapes(m, p.Settings.IDKey)
 	if err != nil {
 		return nil, err
 	}
 	script, err := bundle.LaunchScript(bundle.Launch{
 		CVMID: gc.CVMID, Platform: gc.Platform, CPUModels: p.Config.CPUModels, VCPUs: p.Config.VCPUs, MemoryMiB: p.Config.MemoryMiB,
-		Cmdline: m.Cmdline, Ports: gc.Network.AllowedPorts, Files: m.Files,
+		Cmdline: m.Cmdline, Ports: gc.Network.AllowedPorts, Files: m.Files, IDBlocks: blocks,
 	})
 	if err != nil {
 		return nil, err
 	}
-	if err := os.WriteFile(filepath.Join(dir, bundle.LaunchVM), script, 0o755); err != nil {
-		return nil, err
-	}
-	if err := os.WriteFile(filepath.Join(dir, bundle.Readme), bundle.ReadmeText(m), 0o644); err != nil {
-		return nil, err
-	}
-	rest, err := bundle.Describe(dir, bundle.LaunchVM, bundle.Readme, bundle.CryptRoot, bundle.Applog, bundle.UserConfig, bundle.UserData)
+	err = cmp.Or(
+		addBytes(bundle.LaunchVM, 0o755, script),
+		addBytes(bundle.Readme, 0o644, bundle.ReadmeText(m)),
+		add(a.AddFile(bundle.UserConfig, 0o644, filepath.Join(dir, bundle.UserConfig))),
+		add(a.AddFile(bundle.UserData, 0o644, filepath.Join(dir, bundle.UserData))),
+		add(a.AddFile(bundle.Applog, 0o644, filepath.Join(dir, bundle.Applog))),
+	)
 	if err != nil {
 		return nil, err
 	}
-	m.Files = append(m.Files, rest...)
-	return m, bundle.WriteManifest(dir, m)
+	doc, err := m.Marshal()
+	if err != nil {
+		return nil, err
+	}
+	_, err = a.Add(bundle.ManifestName, 0o644, bytes.NewReader(doc), int64(len(doc)))
+	return m, err
 }
 
-// predict computes a launch digest for each shape the bundle allows.
-func predict(dir string, m *bundle.Manifest, c *config.Config) error {
-	ovmf, err := os.ReadFile(filepath.Join(dir, bundle.OVMF))
+// makeInitrd appends the guest config to the base's initrd.
+func makeInitrd(gc *guestconfig.Config, b *base.Base) ([]byte, error) {
+	doc, err := gc.Marshal()
 	if err != nil {
-		return err
+		return nil, err
 	}
-	in := measure.Input{OVMF: ovmf, HasKernel: true, HasInitrd: true, Cmdline: m.Cmdline, GuestFeatures: GuestFeatures}
+	segment, err := initramfs.GuestSegment(doc)
+	if err != nil {
+		return nil, fmt.Errorf("initrd: %w", err)
+	}
+	in, err := os.Open(b.Initrd)
+	if err != nil {
+		return nil, err
+	}
+	defer in.Close()
+	var out bytes.Buffer
+	if err := initramfs.AppendSegment(in, segment, &out); err != nil {
+		return nil, fmt.Errorf("initrd: %w", err)
+	}
+	return out.Bytes(), nil
+}
+
+// predict computes a launch digest for each shape the bundle allows, from the
+// manifest's command line and digests of kernel and initrd.
+func predict(m *bundle.Manifest, ovmfFile string, cpus []string, vcpus []int) ([]bundle.LaunchDigest, error) {
+	ovmf, err := os.ReadFile(ovmfFile)
+	if err != nil {
+		return nil, err
+	}
+	features, err := strconv.ParseUint(m.GuestFeatures, 0, 64)
+	if err != nil {
+		return nil, fmt.Errorf("guest_features: %w", err)
+	}
+	in := measure.Input{OVMF: ovmf, HasKernel: true, HasInitrd: true, Cmdline: m.Cmdline, GuestFeatures: features}
 	for name, sum := range map[string]*[32]byte{bundle.Kernel: &in.Kernel, bundle.Initrd: &in.Initrd} {
-		if *sum, err = measure.HashFile(filepath.Join(dir, name)); err != nil {
-			return err
+		i := slices.IndexFunc(m.Files, func(f bundle.File) bool { return f.Name == name })
+		if i < 0 {
+			return nil, fmt.Errorf("the manifest lacks %s", name)
+		}
+		if n, err := hex.Decode(sum[:], []byte(m.Files[i].SHA256)); err != nil || n != len(sum) {
+			return nil, fmt.Errorf("the manifest's digest of %s is none", name)
 		}
 	}
-	for _, cpu := range c.CPUModels {
-		for _, n := range c.VCPUs {
+	var out []bundle.LaunchDigest
+	for _, cpu := range cpus {
+		for _, n := range vcpus {
 			in.CPU, in.VCPUs = cpu, n
 			r, err := measure.Digest(in)
 			if err != nil {
-				return fmt.Errorf("launch digest: %w", err)
+				return nil, fmt.Errorf("launch digest: %w", err)
 			}
-			m.LaunchDigests = append(m.LaunchDigests, bundle.LaunchDigest{CPU: cpu, VCPUs: n, Digest: hex.EncodeToString(r.LaunchDigest[:])})
+			out = append(out, bundle.LaunchDigest{CPU: cpu, VCPUs: n, Digest: hex.EncodeToString(r.LaunchDigest[:])})
 		}
 	}
-	return nil
-}
-
-func writeInitrd(path, baseInitrd string, doc []byte) error {
-	segment, err := initramfs.GuestSegment(doc)
-	if err != nil {
-		return err
-	}
-	in, err := os.Open(baseInitrd)
-	if err != nil {
-		return err
-	}
-	defer in.Close()
-	return writeFile(path, func(w io.Writer) error { return initramfs.AppendSegment(in, segment, w) })
-}
-
-func copyFile(dst, src string) error {
-	in, err := os.Open(src)
-	if err != nil {
-		return err
-	}
-	defer in.Close()
-	return writeFile(dst, func(w io.Writer) error { _, err := io.Copy(w, in); return err })
-}
-
-func pack(ctx context.Context, path, dir string, m *bundle.Manifest) error {
-	return writeFile(path, func(w io.Writer) error { return bundle.Pack(ctx, w, dir, m) })
-}
-
-// writeFile writes path through write and syncs it.
-func writeFile(path string, write func(io.Writer) error) (err error) {
-	f, err := os.OpenFile(path, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o644)
-	if err != nil {
-		return err
-	}
-	defer func() { err = errors.Join(err, f.Close()) }()
-	if err := write(f); err != nil {
-		return fmt.Errorf("write %s: %w", path, err)
-	}
-	return f.Sync()
-}
-
-func syncDir(path string) error {
-	d, err := os.Open(path)
-	if err != nil {
-		return err
-	}
-	defer d.Close()
-	return d.Sync()
+	return out, nil
 }

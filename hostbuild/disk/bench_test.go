@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"compress/gzip"
 	"os"
-	"path/filepath"
 	"testing"
 )
 
@@ -24,11 +23,10 @@ func BenchmarkBuildRoot(b *testing.B) {
 	for b.Loop() {
 		p := params(b, name)
 		p.Size = 32 << 30
-		p.Out = filepath.Join(filepath.Dir(b.TempDir()), "crypt_root.qcow2")
 		if _, err := BuildRoot(b.Context(), p); err != nil {
 			b.Fatal(err)
 		}
-		os.Remove(p.Out)
+		os.Remove(p.file())
 	}
 }
 

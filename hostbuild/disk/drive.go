@@ -23,6 +23,7 @@ type DriveParams struct {
 	Out   string // the qcow2 file
 	Size  int64  // of the virtual drive in bytes; rounded up to 4096
 	Label string // of the file system
+	UUID  string // of the file system; empty: random
 	// Trees are host folders or files that are copied in, by their name in the
 	// drive's root. Links in a tree stay links; devices, sockets and pipes are
 	// refused. All belongs to 0:0, with the permissions that it has on the host.
@@ -81,7 +82,7 @@ func buildDrive(ctx context.Context, p DriveParams, out *os.File) error {
 	if err := raw.Truncate(p.Size); err != nil {
 		return err
 	}
-	if err := ext4.Make(ctx, raw.Name(), ext4.Options{Label: p.Label, Time: p.Time}); err != nil {
+	if err := ext4.Make(ctx, raw.Name(), ext4.Options{Label: p.Label, UUID: p.UUID, Time: p.Time}); err != nil {
 		return err
 	}
 	if err := ext4.Populate(ctx, raw.Name(), p.Time, stage.list()); err != nil {
@@ -99,7 +100,11 @@ func buildDrive(ctx context.Context, p DriveParams, out *os.File) error {
 			return err
 		}
 	}
-	return drive.Finish()
+	size, err := drive.Finish()
+	if err != nil {
+		return err
+	}
+	return out.Truncate(size)
 }
 
 // driveStage collects what goes into a drive, with the directories it needs.

@@ -1,10 +1,10 @@
 package disk
 
 import (
-	"bytes"
 	"cmp"
 	"fmt"
 	"io"
+	"runtime"
 	"sync"
 
 	"coffer/hostbuild/disk/luks2"
@@ -16,7 +16,7 @@ import (
 const (
 	blockSize  = 4096
 	bufferSize = 1 << 20
-	buffers    = 4
+	maxWorkers = 8
 )
 
 // sealer encrypts whole blocks of the payload into the drive.
@@ -24,6 +24,11 @@ type sealer struct {
 	drive  *qcow2.Writer
 	cipher *xts.Cipher
 	size   int64 // of the payload
+}
+
+// allocate gives n bytes at off their places in the drive's file.
+func (s *sealer) allocate(off int64, n int) error {
+	return s.drive.Allocate(luks2.DataOffset+off, n)
 }
 
 // seal writes blocks at off of the payload. It overwrites b.
@@ -34,62 +39,73 @@ func (s *sealer) seal(b []byte, off int64) error {
 }
 
 // payload takes the root file system as it is made: bytes in order, and single
-// blocks that are put into place later. A goroutine of its own hashes the blocks
-// for verity, encrypts and writes them. What does not fit is only counted, so
-// that the user can be told how large the drive must be.
+// blocks that are put into place later. Workers hash the blocks for verity,
+// encrypt and write them, while their places are given out in order: the same
+// bytes make the same drive. What does not fit is only counted, so that the user
+// can be told how large the drive must be.
 type payload struct {
 	sealer *sealer
-	hasher *verity.Hasher
+	salt   []byte
 	leaves io.WriterAt // the blocks' hashes, in order
 
 	off  int64  // bytes so far
 	cur  []byte // the last of them, not yet on their way
+	puts []piece
 	full chan piece
 	free chan []byte
 	done sync.WaitGroup
-	quit chan struct{} // closed when the goroutine has failed
-	err  error         // of the goroutine; to be read after quit or done
+	quit chan struct{} // closed when a worker has failed
+	once sync.Once
+	err  error // of that worker; to be read after quit or done
 
 	failed error // ends all writing
 }
 
 // piece is whole blocks on their way.
 type piece struct {
-	data   []byte
-	off    int64
-	pooled bool // data goes back to free
+	data []byte
+	off  int64
 }
 
 func newPayload(s *sealer, salt []byte, leaves io.WriterAt) *payload {
+	workers := max(2, min(runtime.GOMAXPROCS(0), maxWorkers))
 	p := &payload{
-		sealer: s, hasher: verity.NewHasher(salt), leaves: leaves,
-		full: make(chan piece, buffers), free: make(chan []byte, buffers), quit: make(chan struct{}),
+		sealer: s, salt: salt, leaves: leaves,
+		full: make(chan piece, workers), free: make(chan []byte, 2*workers+1), quit: make(chan struct{}),
 	}
-	for range buffers {
+	for range cap(p.free) {
 		p.free <- make([]byte, 0, bufferSize)
 	}
 	p.cur = <-p.free
-	p.done.Go(p.run)
+	for range workers {
+		p.done.Go(p.run)
+	}
 	return p
 }
 
 func (p *payload) run() {
+	hasher := verity.NewHasher(p.salt)
 	var hashes []byte
 	for c := range p.full {
-		if p.err == nil {
-			hashes = p.hasher.Append(hashes[:0], c.data)
-			_, p.err = p.leaves.WriteAt(hashes, c.off/blockSize*verity.HashSize)
-			if p.err == nil {
-				p.err = p.sealer.seal(c.data, c.off)
-			}
-			if p.err != nil {
-				close(p.quit)
+		select {
+		case <-p.quit:
+		default:
+			var err error
+			if hashes, err = p.seal(c, hasher, hashes); err != nil {
+				p.once.Do(func() { p.err = err; close(p.quit) })
 			}
 		}
-		if c.pooled {
-			p.free <- c.data[:0]
-		}
+		p.free <- c.data[:0]
 	}
+}
+
+// seal hashes, encrypts and writes a piece.
+func (p *payload) seal(c piece, h *verity.Hasher, buf []byte) ([]byte, error) {
+	buf = h.Append(buf[:0], c.data)
+	if _, err := p.leaves.WriteAt(buf, c.off/blockSize*verity.HashSize); err != nil {
+		return buf, err
+	}
+	return buf, p.sealer.seal(c.data, c.off)
 }
 
 // Write appends bytes.
@@ -98,15 +114,39 @@ func (p *payload) Write(b []byte) (int, error) {
 	for len(b) > 0 {
 		m := min(len(b), bufferSize-len(p.cur))
 		p.cur = append(p.cur, b[:m]...)
-		p.off += int64(m)
 		b = b[m:]
-		if len(p.cur) == bufferSize {
-			if err := p.flush(); err != nil {
-				return 0, err
-			}
+		if err := p.grown(m); err != nil {
+			return 0, err
 		}
 	}
 	return n, nil
+}
+
+// ReadFrom appends what r gives, without a copy in between.
+func (p *payload) ReadFrom(r io.Reader) (total int64, err error) {
+	for {
+		n, err := r.Read(p.cur[len(p.cur):bufferSize])
+		p.cur = p.cur[:len(p.cur)+n]
+		total += int64(n)
+		if gerr := p.grown(n); gerr != nil {
+			return total, gerr
+		}
+		if err == io.EOF {
+			return total, nil
+		}
+		if err != nil {
+			return total, err
+		}
+	}
+}
+
+// grown counts bytes that cur has got, and sends it on its way when it is full.
+func (p *payload) grown(n int) error {
+	p.off += int64(n)
+	if len(p.cur) < bufferSize {
+		return p.failed
+	}
+	return p.flush()
 }
 
 // align appends zeros up to a multiple of unit.
@@ -115,38 +155,30 @@ func (p *payload) align(unit int64) error {
 	return err
 }
 
-// put replaces the blocks at off, which were written before.
-func (p *payload) put(off int64, blocks []byte) error {
-	if start := p.off - int64(len(p.cur)); off >= start {
-		copy(p.cur[off-start:], blocks)
-		return nil
-	}
-	return p.send(piece{data: bytes.Clone(blocks), off: off})
+// put replaces the blocks at off, which were written before: when all else is done.
+func (p *payload) put(off int64, blocks []byte) {
+	p.puts = append(p.puts, piece{blocks, off})
 }
 
 // flush sends cur, which holds whole blocks, on its way.
 func (p *payload) flush() error {
-	if err := p.send(piece{p.cur, p.off - int64(len(p.cur)), true}); err != nil {
-		return err
-	}
-	p.cur = <-p.free
-	return nil
-}
-
-func (p *payload) send(c piece) error {
-	switch most := p.sealer.size * 16; {
+	off := p.off - int64(len(p.cur))
+	most := p.sealer.size * 16
+	switch {
 	case p.failed != nil:
 		return p.failed
 	case p.off > most: // a drive that is far too small is not worth the whole count
 		p.failed = fmt.Errorf("%w: what it must hold is more than %d bytes", ErrTooSmall, most)
 		return p.failed
-	case c.off+int64(len(c.data)) > p.sealer.size:
-		if c.pooled {
-			p.free <- c.data[:0]
-		}
+	case p.off > p.sealer.size:
+		p.cur = p.cur[:0]
 		return nil
 	}
-	p.full <- c
+	if p.failed = p.sealer.allocate(off, len(p.cur)); p.failed != nil {
+		return p.failed
+	}
+	p.full <- piece{p.cur, off}
+	p.cur = <-p.free
 	select {
 	case <-p.quit:
 		p.failed = p.err
@@ -155,7 +187,7 @@ func (p *payload) send(c piece) error {
 	return p.failed
 }
 
-// close ends the goroutine. Without err, all that fits is written then, and the
+// close ends the workers. Without err, all that fits is written then, and the
 // error is the one that ended the writing, if there was one. With err, what is
 // left is dropped.
 func (p *payload) close(err error) error {
@@ -163,5 +195,14 @@ func (p *payload) close(err error) error {
 	p.flush()
 	close(p.full)
 	p.done.Wait()
-	return cmp.Or(err, p.failed, p.err)
+	if err := cmp.Or(err, p.failed, p.err); err != nil || p.off > p.sealer.size {
+		return err
+	}
+	h := verity.NewHasher(p.salt)
+	for _, c := range p.puts {
+		if _, err := p.seal(c, h, nil); err != nil {
+			return err
+		}
+	}
+	return nil
 }

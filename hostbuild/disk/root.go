@@ -6,14 +6,18 @@ import (
 	"crypto/rand"
 	"crypto/sha256"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"io"
 	"os"
 	"path"
+	"path/filepath"
+	"slices"
 	"strings"
 	"time"
 
 	"coffer/hostbuild/archive"
+	"coffer/hostbuild/cache"
 	"coffer/hostbuild/disk/erofs"
 	"coffer/hostbuild/disk/ext4"
 	"coffer/hostbuild/disk/luks2"
@@ -25,17 +29,25 @@ import (
 
 // RootParams says what crypt_root is made of.
 type RootParams struct {
-	Out        string // the qcow2 file
+	Out        Target // gets the qcow2 image; what is in it is replaced
+	Temp       string // folder for large temporary files
 	Size       int64  // of the virtual drive in bytes; rounded up to 4096
 	Passphrase []byte // as the KBS stores it
 	Archive    string // the image, as package archive reads it
 	ImageRef   string // chooses among several images; empty: the only one
 	Files      []File // of the read-only root, beside the image
 	Time       time.Time
-	Rand       io.Reader // nil: crypto/rand. The same bytes give the same drive.
+	Rand       io.Reader    // nil: crypto/rand. The same bytes give the same drive.
+	Cache      *cache.Cache // of converted layers; may be nil
 	// Progress is told of each stage how far it is, in bytes; "archive" is the
 	// only long one.
 	Progress func(stage string, done, total int64)
+}
+
+// Target is a file, or a part of one.
+type Target interface {
+	io.WriterAt
+	Truncate(size int64) error
 }
 
 // Root describes a finished crypt_root.
@@ -47,6 +59,9 @@ type Root struct {
 	Scratch      guestconfig.Scratch
 	Image        archive.Image
 	EROFSSize    int64 // bytes that Verity covers
+	FromCache    bool  // the archive was not decoded
+	// CacheErr tells why the image could not be cached, which harms no build.
+	CacheErr error
 }
 
 // MinScratch is the least room for the writable part of crypt_root, in bytes.
@@ -59,6 +74,8 @@ const scratchAlign = 1 << 20
 // EROFS of p.Files and the image, its dm-verity tree, and an empty ext4 over the
 // rest. The archive streams through once. Its layers stay the tars they are, each
 // with an EROFS index, in /image/layers; /image/meta.tar is the rest of the image.
+//
+// The verity root hash depends on p.Files, p.Time and the archive alone.
 func BuildRoot(ctx context.Context, p RootParams) (*Root, error) {
 	if p.Rand == nil {
 		p.Rand = rand.Reader
@@ -67,19 +84,38 @@ func BuildRoot(ctx context.Context, p RootParams) (*Root, error) {
 		p.Progress = func(string, int64, int64) {}
 	}
 	p.Size = roundUp(p.Size, blockSize)
+	name := filepath.Join(p.Temp, "crypt_root") // for messages
 	if p.Size < luks2.DataOffset+MinScratch {
-		return nil, explain(p.Out, fmt.Errorf("%w: %d bytes, with %d for the writable part alone", ErrTooSmall, p.Size, MinScratch))
+		return nil, explain(name, fmt.Errorf("%w: %d bytes, with %d for the writable part alone", ErrTooSmall, p.Size, MinScratch))
 	}
-	out, err := newPartial(p.Out, 0o644)
+	source := openSource(p)
+	defer source.close()
+	root, err := buildRoot(ctx, p, source)
+	if damaged := new(damagedLayer); errors.As(err, damaged) {
+		source.forget(string(*damaged))
+		root, err = buildRoot(ctx, p, source)
+	}
 	if err != nil {
-		return nil, explain(p.Out, err)
+		return nil, explain(name, err)
 	}
-	root, err := buildRoot(ctx, p, out.File)
-	return root, explain(p.Out, out.finish(err))
+	return root, nil
 }
 
-func buildRoot(ctx context.Context, p RootParams, out *os.File) (*Root, error) {
-	drive, err := qcow2.NewWriter(out, p.Size)
+// The verity tree is made under a salt and a UUID that never change: a salt is
+// against collisions that are prepared for it, which SHA-256 does not need, and so
+// the same root has the same root hash, and a layer's hashes can be cached.
+func veritySalt() [verity.SaltSize]byte { return sha256.Sum256([]byte("coffer verity salt, cache v1")) }
+
+func verityUUID() [16]byte {
+	sum := sha256.Sum256([]byte("coffer verity UUID"))
+	return [16]byte(sum[:])
+}
+
+func buildRoot(ctx context.Context, p RootParams, source *imageSource) (*Root, error) {
+	if err := p.Out.Truncate(0); err != nil {
+		return nil, err
+	}
+	drive, err := qcow2.NewWriter(p.Out, p.Size)
 	if err != nil {
 		return nil, err
 	}
@@ -95,23 +131,20 @@ func buildRoot(ctx context.Context, p RootParams, out *os.File) (*Root, error) {
 	if _, err := drive.WriteAt(header, 0); err != nil {
 		return nil, err
 	}
-	seed := make([]byte, verity.SaltSize+2*16) // salt, UUIDs of verity and ext4
-	if _, err := io.ReadFull(p.Rand, seed); err != nil {
+	var scratchID [16]byte
+	if _, err := io.ReadFull(p.Rand, scratchID[:]); err != nil {
 		return nil, fmt.Errorf("read randomness: %w", err)
 	}
-	salt, verityID, scratchID := seed[:verity.SaltSize], [16]byte(seed[verity.SaltSize:]), [16]byte(seed[verity.SaltSize+16:])
-
-	leaves, err := tempFile(p.Out)
+	leaves, err := hiddenFile(p.Temp)
 	if err != nil {
 		return nil, err
 	}
 	defer leaves.Close()
-	if err := os.Remove(leaves.Name()); err != nil { // it lives as long as it is open
-		return nil, err
-	}
 
+	salt := veritySalt()
 	s := &sealer{drive: drive, cipher: cipher, size: p.Size - luks2.DataOffset}
-	b := &rootBuilder{p: p, out: newPayload(s, salt, leaves), tree: erofs.New(blockSize, p.Time)}
+	b := &rootBuilder{p: p, source: source, out: newPayload(s, salt[:], leaves), tree: erofs.New(blockSize, p.Time)}
+	defer b.close()
 	image, err := b.build(ctx)
 	if err := b.out.close(err); err != nil {
 		return nil, err
@@ -124,7 +157,10 @@ func buildRoot(ctx context.Context, p RootParams, out *os.File) (*Root, error) {
 		need := roundUp(luks2.DataOffset+scratchOff+MinScratch, 1<<20)
 		return nil, fmt.Errorf("%w: it has %d bytes, and needs at least %d (%d MiB): raise root_drive_size", ErrTooSmall, p.Size, need, need>>20)
 	}
-	hash, err := verity.Write(&sequence{s, treeOff}, verity.Params{Salt: salt, UUID: verityID, Blocks: blocks, Leaves: leaves})
+	if err := b.checkCached(leaves); err != nil {
+		return nil, err
+	}
+	hash, err := verity.Write(&sequence{s, treeOff}, verity.Params{Salt: salt[:], UUID: verityUUID(), Blocks: blocks, Leaves: leaves})
 	if err != nil {
 		return nil, fmt.Errorf("verity tree: %w", err)
 	}
@@ -132,18 +168,23 @@ func buildRoot(ctx context.Context, p RootParams, out *os.File) (*Root, error) {
 	if err := scratch(ctx, p, s, scratchOff, luks2.UUID(scratchID)); err != nil {
 		return nil, fmt.Errorf("writable part: %w", err)
 	}
-	if err := drive.Finish(); err != nil {
+	size, err := drive.Finish()
+	if err != nil {
+		return nil, err
+	}
+	if err := p.Out.Truncate(size); err != nil {
 		return nil, err
 	}
 	sum := sha256.Sum256(header)
 	return &Root{
 		HeaderSHA256: hex.EncodeToString(sum[:]), DataOffset: luks2.DataOffset, PayloadSize: s.size,
 		Verity: guestconfig.Verity{
-			RootHash: hex.EncodeToString(hash[:]), Salt: hex.EncodeToString(salt),
+			RootHash: hex.EncodeToString(hash[:]), Salt: hex.EncodeToString(salt[:]),
 			DataBlocks: blocks, HashStartBlock: treeOff/blockSize + 1, // behind verity's superblock
 		},
 		Scratch: guestconfig.Scratch{Offset: scratchOff, Size: s.size - scratchOff},
-		Image:   *image, EROFSSize: b.out.off,
+		Image:   image.Image, EROFSSize: b.out.off,
+		FromCache: source.cached(), CacheErr: b.store(image, leaves),
 	}, nil
 }
 
@@ -162,15 +203,22 @@ func (q *sequence) Write(b []byte) (int, error) {
 
 // rootBuilder makes the root EROFS.
 type rootBuilder struct {
-	p     RootParams
-	out   *payload
-	tree  *erofs.Tree
-	blobs []blob // of the layers, by index
+	p      RootParams
+	source *imageSource
+	out    *payload
+	tree   *erofs.Tree
+	blobs  []blob // of the layers, as they came
+
+	modules []string // Python's, of all layers
 }
 
-type blob struct{ start, size int64 }
+// blob is a layer in the root.
+type blob struct {
+	start, size int64
+	entry       *cache.NewLayer // nil without a cache, and from it
+}
 
-func (b *rootBuilder) build(ctx context.Context) (*archive.Image, error) {
+func (b *rootBuilder) build(ctx context.Context) (*archive.Result, error) {
 	if _, err := b.out.Write(make([]byte, erofs.SuperSize)); err != nil {
 		return nil, err
 	}
@@ -179,10 +227,7 @@ func (b *rootBuilder) build(ctx context.Context) (*archive.Image, error) {
 			return nil, fmt.Errorf("put %s into the root: %w", f.Path, err)
 		}
 	}
-	image, err := archive.Read(ctx, b.p.Archive, archive.Options{
-		Ref: b.p.ImageRef, Layer: b.layer,
-		Progress: func(done, total int64) { b.p.Progress("archive", done, total) },
-	})
+	image, err := b.image(ctx)
 	if err != nil {
 		return nil, err
 	}
@@ -202,7 +247,8 @@ func (b *rootBuilder) build(ctx context.Context) (*archive.Image, error) {
 	if err != nil {
 		return nil, err
 	}
-	return &image.Image, b.out.put(0, super)
+	b.out.put(0, super)
+	return image, nil
 }
 
 // file puts one file into the root.
@@ -231,49 +277,85 @@ func (b *rootBuilder) file(f File) error {
 	return b.tree.Add(f.Path, e)
 }
 
+// image writes the layers' blobs, from the cache or from the archive.
+func (b *rootBuilder) image(ctx context.Context) (*archive.Result, error) {
+	if b.source.cached() {
+		return b.source.image, b.fromCache(ctx)
+	}
+	image, err := archive.Read(ctx, b.p.Archive, archive.Options{
+		Ref: b.p.ImageRef, Layer: b.layer,
+		Progress: func(done, total int64) { b.p.Progress("archive", done, total) },
+	})
+	if err != nil {
+		return nil, err
+	}
+	slices.Sort(b.modules)
+	image.Image.PythonModules = slices.Compact(b.modules)
+	return image, nil
+}
+
 // layer writes a layer's blob: its superblock, its tar as it is, and its index.
+// The blob depends on the tar alone.
 func (b *rootBuilder) layer(index int, r io.Reader) error {
 	const blockSize512 = 512
-	start := b.out.off
-	if _, err := b.out.Write(make([]byte, erofs.SuperSize)); err != nil {
+	bl := blob{start: b.out.off}
+	var out io.Writer = b.out
+	if b.source.store != nil {
+		bl.entry = b.source.store.NewLayer()
+		out = io.MultiWriter(b.out, bl.entry)
+	}
+	b.blobs = append(b.blobs, bl)
+	if _, err := out.Write(make([]byte, erofs.SuperSize)); err != nil {
 		return err
 	}
-	copies := &spool{near: b.p.Out}
+	copies := &spool{dir: b.p.Temp}
 	defer copies.close()
-	tree := erofs.New(blockSize512, b.p.Time)
-	if _, err := tree.AddTar(io.TeeReader(r, b.out), erofs.SuperSize, copies); err != nil {
+	tree := erofs.New(blockSize512, time.Unix(0, 0))
+	if _, err := tree.AddTar(io.TeeReader(r, out), erofs.SuperSize, copies); err != nil {
 		return fmt.Errorf("layer %d: %w", index+1, err)
 	}
-	if err := b.out.align(blockSize512); err != nil {
+	if _, err := out.Write(make([]byte, -(b.out.off-bl.start)&(blockSize512-1))); err != nil {
 		return err
 	}
-	if err := copies.appendTo(b.out); err != nil {
+	if err := copies.appendTo(out); err != nil {
 		return err
 	}
-	super, size, err := tree.Finish(b.out, b.out.off-start)
+	b.modules = append(b.modules, pythonModules(tree)...)
+	super, size, err := tree.Finish(out, b.out.off-bl.start)
 	if err != nil {
 		return fmt.Errorf("layer %d: %w", index+1, err)
 	}
-	b.blobs = append(b.blobs, blob{start, size})
-	return b.out.put(start, super)
+	b.blobs[index].size = size
+	b.out.put(bl.start, super)
+	if bl.entry != nil {
+		bl.entry.EndBlob(super)
+	}
+	return nil
+}
+
+// pythonModules are the names that Python finds in a layer's folders of packages.
+func pythonModules(layer *erofs.Tree) []string {
+	var modules []string
+	for _, name := range layer.In("site-packages", "dist-packages") {
+		name, _, _ = strings.Cut(name, ".") // of a module in one file
+		modules = append(modules, name)
+	}
+	return modules
 }
 
 // spool keeps what has to wait, in a file that is made on the first write.
 type spool struct {
-	near string
-	f    *os.File
+	dir string
+	f   *os.File
 }
 
 func (s *spool) Write(b []byte) (int, error) {
 	if s.f == nil {
-		f, err := tempFile(s.near)
+		f, err := hiddenFile(s.dir)
 		if err != nil {
 			return 0, err
 		}
 		s.f = f
-		if err := os.Remove(f.Name()); err != nil {
-			return 0, err
-		}
 	}
 	return s.f.Write(b)
 }
@@ -299,7 +381,7 @@ func (s *spool) close() {
 // written: the rest of the drive stays unallocated, and reads as noise once it is
 // decrypted.
 func scratch(ctx context.Context, p RootParams, s *sealer, off int64, id string) error {
-	f, err := tempFile(p.Out)
+	f, err := os.CreateTemp(p.Temp, "scratch-*")
 	if err != nil {
 		return err
 	}

@@ -73,6 +73,17 @@ func minTCB(s *settings.Settings) map[string]policy.TCB {
 	return min
 }
 
+// raise lifts each product's minimum to what one CVM asks for.
+func raise(settings map[string]policy.TCB, cvm policy.TCB) map[string]policy.TCB {
+	min := map[string]policy.TCB{}
+	for product, t := range settings {
+		min[product] = policy.TCB{
+			Bootloader: max(t.Bootloader, cvm.Bootloader), TEE: max(t.TEE, cvm.TEE), SNP: max(t.SNP, cvm.SNP), Microcode: max(t.Microcode, cvm.Microcode),
+		}
+	}
+	return min
+}
+
 // Check asks the KBS for its policy, which it gives to its admin alone.
 func (r *Registrar) Check(ctx context.Context) error {
 	_, err := r.admin.ResourcePolicy(ctx)
@@ -83,13 +94,13 @@ func (r *Registrar) Check(ctx context.Context) error {
 }
 
 // RuleOf is the rule that a bundle needs: its two resources, its launch digests
-// and the minimum TCBs of the settings.
+// and the minimum TCBs of the settings, raised to the bundle's own.
 func (r *Registrar) RuleOf(m *bundle.Manifest) (policy.Rule, error) {
 	rule := policy.Rule{CVMID: m.CVMID, Paths: []string{m.KBS.KeyPath, m.KBS.CanaryPath}, TEE: m.TEE}
 	if m.TEE == policy.TEESample {
 		return rule, nil // sample evidence carries no measurement
 	}
-	rule.MinTCB = r.minTCB
+	rule.MinTCB = raise(r.minTCB, policy.TCB(m.MinTCB))
 	rule.Simulated = m.Platform == guestconfig.PlatformSimulated
 	for _, d := range m.LaunchDigests {
 		var sum [48]byte
@@ -101,18 +112,20 @@ func (r *Registrar) RuleOf(m *bundle.Manifest) (policy.Rule, error) {
 	return rule, nil
 }
 
-// AddCVM stores the key and the canary, the rule's two resources, and adds the rule. The rule comes last:
-// without it nothing is released. undo takes all of it back. The caller wipes key.
-func (r *Registrar) AddCVM(ctx context.Context, rule policy.Rule, key []byte) (undo func(context.Context) error, err error) {
-	undo = func(ctx context.Context) error {
-		_, err := r.RemoveRule(ctx, rule.CVMID)
-		for _, p := range rule.Paths {
-			if derr := r.admin.DeleteResource(ctx, p); derr != nil && !errors.Is(derr, kbsclient.ErrNotSupported) {
-				err = errors.Join(err, derr)
-			}
+// ForgetCVM takes back what AddCVM does, as far as it was done.
+func (r *Registrar) ForgetCVM(ctx context.Context, rule policy.Rule) error {
+	_, err := r.RemoveRule(ctx, rule.CVMID)
+	for _, p := range rule.Paths {
+		if derr := r.admin.DeleteResource(ctx, p); derr != nil && !errors.Is(derr, kbsclient.ErrNotSupported) {
+			err = errors.Join(err, derr)
 		}
-		return err
 	}
+	return err
+}
+
+// AddCVM stores the key and the canary, the rule's two resources, and adds the rule. The rule comes last:
+// without it nothing is released. After an error nothing of it is left. The caller wipes key.
+func (r *Registrar) AddCVM(ctx context.Context, rule policy.Rule, key []byte) error {
 	add := func() error {
 		if err := r.admin.SetResource(ctx, rule.Paths[0], key); err != nil {
 			return err
@@ -123,9 +136,9 @@ func (r *Registrar) AddCVM(ctx context.Context, rule policy.Rule, key []byte) (u
 		return r.AddRule(ctx, rule)
 	}
 	if err := add(); err != nil {
-		return nil, errors.Join(fmt.Errorf("%s: %w", r.where, err), undo(context.WithoutCancel(ctx)))
+		return errors.Join(fmt.Errorf("%s: %w", r.where, err), r.ForgetCVM(context.WithoutCancel(ctx), rule))
 	}
-	return undo, nil
+	return nil
 }
 
 // AddRule adds a CVM's rule, or replaces it.

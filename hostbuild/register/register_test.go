@@ -123,8 +123,7 @@ func TestFolderOfTheGuide(t *testing.T) {
 	r := st.open()
 	var warnings []policy.Finding
 	r.Warn = func(f policy.Finding) { warnings = append(warnings, f) }
-	undo, err := r.AddCVM(t.Context(), rule("one"), []byte("key"))
-	if err != nil {
+	if err := r.AddCVM(t.Context(), rule("one"), []byte("key")); err != nil {
 		t.Fatal(err)
 	}
 	if len(warnings) != 1 || warnings[0].Line != 7 || !strings.Contains(warnings[0].Message, "every CVM's key") {
@@ -136,7 +135,7 @@ func TestFolderOfTheGuide(t *testing.T) {
 	if b, err := os.ReadFile(filepath.Join(st.dir, "repository/keys/root/one")); err != nil || string(b) != "key" {
 		t.Errorf("key at the KBS: %q, %v", b, err)
 	}
-	if err := undo(t.Context()); err != nil {
+	if err := r.ForgetCVM(t.Context(), rule("one")); err != nil {
 		t.Fatal(err)
 	}
 	if _, err := os.Stat(filepath.Join(st.dir, "repository/keys/root/one")); !errors.Is(err, os.ErrNotExist) {

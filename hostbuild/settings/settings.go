@@ -35,7 +35,11 @@ type Settings struct {
 	MinTCB map[string]snp.TCB // what rules ask of a guest's firmware, by product
 
 	BaseDir   string // a guest base made by `hostbuild base build`
+	OVMF      string // a firmware in place of the base's, "" for the base's
+	IDKey     string // PEM file of the key that signs ID blocks, "" for none
 	OutputDir string // where bundles go
+	CacheDir  string // of converted layers
+	CacheSize int64  // bytes that it may have; 0: no cache
 	Warnings  []string
 }
 
@@ -92,6 +96,7 @@ func Read(path string) (*Settings, error) {
 	s.MinTCB = minTCB(m)
 	m.Required("base_dir", "folder of a guest base, made by `hostbuild base build`")
 	s.BaseDir = m.Path("base_dir")
+	s.OVMF, s.IDKey = m.Path("ovmf"), m.Path("id_key")
 	if s.OutputDir = m.Path("output_dir"); s.OutputDir == "" {
 		if s.OutputDir, err = yamlcheck.Expand("~/.local/share/coffer/bundles"); err != nil {
 			return nil, fmt.Errorf("settings: output_dir is missing, and no home folder to fall back on: %w", err)
@@ -99,6 +104,12 @@ func Read(path string) (*Settings, error) {
 	}
 	if strings.ContainsFunc(s.OutputDir, unicode.IsSpace) {
 		m.Faultf("output_dir", "%q holds a blank, and NVFlare reads the bundle's path only up to one", s.OutputDir)
+	}
+	s.CacheSize = m.Int("cache_size_gb", 20, 0, 65536) << 30
+	if s.CacheDir = m.Path("cache_dir"); s.CacheDir == "" && s.CacheSize > 0 {
+		if s.CacheDir, err = yamlcheck.Expand("~/.cache/coffer"); err != nil {
+			s.CacheSize = 0 // no home folder, no cache
+		}
 	}
 	m.Finish()
 	s.Warnings = doc.Warnings()

@@ -102,6 +102,9 @@ func (d *Doc) duplicates(n *yaml.Node, path string) {
 		if seen[k.Value] {
 			d.fault(k, "key %s%s stands twice", path, k.Value)
 		}
+		if k.Value == "<<" {
+			d.fault(k, "merge keys are not read; write the keys out")
+		}
 		seen[k.Value] = true
 	}
 }
@@ -159,9 +162,28 @@ func (m *Map) Keys() []string {
 	return ks
 }
 
-// Faultf reports a fault at the value of key, or at the document without one.
+// Faultf reports a fault at the value of key, or at the mapping without one.
 func (m *Map) Faultf(key, format string, a ...any) {
-	m.doc.fault(m.value(key), "%s%s: %s", m.path, key, fmt.Sprintf(format, a...))
+	v := m.value(key)
+	if v == nil {
+		v = m.node
+	}
+	m.doc.fault(v, "%s%s: %s", m.path, key, fmt.Sprintf(format, a...))
+}
+
+// FaultItemf reports a fault at one item of the list at key.
+func (m *Map) FaultItemf(key string, item int, format string, a ...any) {
+	v := m.value(key)
+	if v != nil && v.Kind == yaml.SequenceNode && item < len(v.Content) {
+		v = v.Content[item]
+	}
+	m.doc.fault(v, "%s%s: %s", m.path, key, fmt.Sprintf(format, a...))
+}
+
+// IsMap reports whether the value of key is a mapping.
+func (m *Map) IsMap(key string) bool {
+	v := m.value(key)
+	return v != nil && v.Kind == yaml.MappingNode
 }
 
 // String returns a scalar as text, or def.
@@ -318,10 +340,10 @@ func (m *Map) Finish() {
 	}
 	for i := 0; i+1 < len(m.node.Content); i += 2 {
 		k := m.node.Content[i]
-		if slices.Contains(m.used, k.Value) {
+		if slices.Contains(m.used, k.Value) || k.Value == "<<" {
 			continue
 		}
-		if s := nearest(k.Value, m.used); s != "" {
+		if s := Nearest(k.Value, m.used); s != "" {
 			m.doc.fault(k, "unknown key %s%s: did you mean %s?", m.path, k.Value, s)
 		} else {
 			m.doc.warnings = append(m.doc.warnings, fmt.Sprintf("%s:%d:%d: unknown key %s%s is ignored", m.doc.file, k.Line, k.Column, m.path, k.Value))
@@ -329,8 +351,9 @@ func (m *Map) Finish() {
 	}
 }
 
-// nearest returns the known key within a third of the word's length of edits.
-func nearest(word string, known []string) string {
+// Nearest returns the known word within a third of the word's length of edits, or
+// an empty string.
+func Nearest(word string, known []string) string {
 	best, dist := "", len(word)/3+1
 	if dist > 4 {
 		dist = 4

@@ -39,6 +39,7 @@ func testConfig() *guestconfig.Config {
 		Network:     guestconfig.Network{Hosts: map[string]string{"kbs.example": "192.0.2.1"}},
 		Attestation: guestconfig.Attestation{CheckFrequency: 60, MaxStaleness: 600, FailureAction: guestconfig.ActionStopJob},
 		Workload:    guestconfig.Workload{ImageName: "x", ImageDigest: "sha256:" + h, PidsMax: 100, TmpMiB: 16},
+		UserConfig:  guestconfig.UserConfig{Integrity: guestconfig.IntegrityPinned},
 	}
 }
 

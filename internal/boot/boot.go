@@ -47,6 +47,7 @@ const (
 	CodeVerity         Code = "E_VERITY"          // the root does not match its root hash
 	CodeRoot           Code = "E_ROOT"            // the root cannot be mounted or entered
 	CodeDrive          Code = "E_DRIVE"           // applog, user_config or user_data is missing or broken
+	CodeUserConfig     Code = "E_USER_CONFIG"     // user_config is not what was built
 	CodeContainerd     Code = "E_CONTAINERD"      // containerd does not come up
 	CodeImage          Code = "E_IMAGE"           // the image cannot be imported
 	CodeWorkload       Code = "E_WORKLOAD"        // the container cannot be started

@@ -19,6 +19,8 @@ import (
 	"regexp"
 	"slices"
 	"strings"
+
+	"coffer/internal/treedigest"
 )
 
 // Version is the version of the document that this package reads and writes.
@@ -58,6 +60,13 @@ const (
 	ActionLog      = "log"
 )
 
+// How much of user_config the guest vouches for. The host can write to that drive.
+const (
+	IntegrityPinned   = "pinned"   // all of it, as it was built; anything else is refused
+	IntegrityRequired = "required" // the files that are named; the site may change the rest
+	IntegrityOff      = "off"      // nothing
+)
+
 // Config is the guest config.
 type Config struct {
 	Version   int    `json:"version"`
@@ -71,6 +80,36 @@ type Config struct {
 	Network     Network     `json:"network"`
 	Attestation Attestation `json:"attestation"`
 	Workload    Workload    `json:"workload"`
+	UserConfig  UserConfig  `json:"user_config"`
+	Peers       Peers       `json:"peers,omitzero"`
+	API         API         `json:"api,omitzero"`
+}
+
+// Peers is what the workload's snpguest accepts of other CVMs' reports, beyond
+// what it always asks for.
+type Peers struct {
+	MinTCB       map[string]TCB `json:"min_tcb,omitempty"`      // by product; replaces the built-in minimum
+	Measurements []string       `json:"measurements,omitempty"` // hex; none: any
+	AllowVLEK    bool           `json:"allow_vlek,omitempty"`
+}
+
+// TCB is the lowest security version of each part.
+type TCB struct {
+	FMC        *uint8 `json:"fmc,omitempty"` // Turin alone
+	Bootloader uint8  `json:"bootloader"`
+	TEE        uint8  `json:"tee"`
+	SNP        uint8  `json:"snp"`
+	Microcode  uint8  `json:"microcode"`
+}
+
+// API is what the agent serves to the workload beyond evidence and status.
+type API struct {
+	// Resources are the KBS's resources that the workload may ask for.
+	Resources []string `json:"resources,omitempty"`
+	// LoopbackPort serves the CoCo-compatible part on 127.0.0.1; 0: nowhere.
+	LoopbackPort uint16 `json:"loopback_port,omitempty"`
+	// KDS is where certificates of chips are fetched, https://host; "": nowhere.
+	KDS string `json:"kds,omitempty"`
 }
 
 // KBS says where the key is.
@@ -144,6 +183,12 @@ type Workload struct {
 	MemoryMiB   int64    `json:"memory_mib"`     // 0: no limit of its own
 	PidsMax     int64    `json:"pids_max"`
 	TmpMiB      int64    `json:"tmp_mib"` // size of /tmp, in RAM
+}
+
+// UserConfig pins the drive user_config.
+type UserConfig struct {
+	Integrity string          `json:"integrity"`
+	Files     treedigest.Tree `json:"files,omitempty"` // of the drive; all of them where it is pinned
 }
 
 // Handover is what init leaves for the agent in HandoverPath.
@@ -258,6 +303,9 @@ var (
 // ValidCVMID reports whether id has the form cvm_<12 lower-case hex>.
 func ValidCVMID(id string) bool { return cvmID.MatchString(id) }
 
+// ValidHostName reports whether name can stand in /etc/hosts.
+func ValidHostName(name string) bool { return hostName.MatchString(name) }
+
 // ValidResourcePath reports whether p has the three segments a KBS accepts.
 func ValidResourcePath(p string) bool { return resource.MatchString(p) }
 
@@ -336,5 +384,19 @@ func (c *Config) Validate() error {
 		check(strings.Index(e, "=") > 0, "workload.env %q is not NAME=value", e)
 	}
 	check(w.MemoryMiB >= 0 && w.PidsMax > 0 && w.TmpMiB > 0, "workload: memory_mib, pids_max or tmp_mib is out of range")
+
+	uc := &c.UserConfig
+	switch uc.Integrity {
+	case IntegrityPinned:
+	case IntegrityRequired:
+		check(len(uc.Files) > 0, "user_config.files is empty, and they are required")
+	case IntegrityOff:
+		check(len(uc.Files) == 0, "user_config.files are listed, and integrity is off")
+	default:
+		check(false, "user_config.integrity %q is not pinned, required or off", uc.Integrity)
+	}
+	if err := uc.Files.Validate(); err != nil {
+		check(false, "user_config.files: %v", err)
+	}
 	return errors.Join(errs...)
 }

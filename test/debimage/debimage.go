@@ -37,40 +37,52 @@ http.server.HTTPServer(("0.0.0.0", %d), Handler).serve_forever()
 `
 
 // Build makes the archive dir/debian-python.tar.gz, or keeps the one that is
-// there. It takes about a minute and needs mmdebstrap.
+// there. It takes about half a minute and needs mmdebstrap.
 func Build(ctx context.Context, dir string) (archive string, err error) {
-	archive = filepath.Join(dir, "debian-python.tar.gz")
+	return build(ctx, filepath.Join(dir, "debian-python.tar.gz"), nil, func(lower []byte) (*dockersave.Image, error) {
+		upper, err := dockersave.Layer(dockersave.Entry{Name: "srv/"},
+			dockersave.Entry{Name: "srv/server.py", Body: fmt.Appendf(nil, server, Port)},
+			dockersave.Entry{Name: "etc/.wh.motd", Body: []byte{}})
+		return &dockersave.Image{Tag: "debian-python:1", Entrypoint: []string{"/usr/bin/python3", "/srv/server.py"}, Layers: [][]byte{lower, upper}}, err
+	})
+}
+
+// build makes an archive of a minbase root with python3, unless it is there.
+// hooks are mmdebstrap's customize hooks; image adds what is not Debian's.
+func build(ctx context.Context, archive string, hooks []string, image func(lower []byte) (*dockersave.Image, error)) (string, error) {
 	if _, err := os.Stat(archive); err == nil {
 		return archive, nil
 	}
-	if err := os.MkdirAll(dir, 0o755); err != nil {
+	if err := os.MkdirAll(filepath.Dir(archive), 0o755); err != nil {
 		return "", err
 	}
 	suite, mirror, err := machineSuite(ctx)
 	if err != nil {
 		return "", err
 	}
-	root := filepath.Join(dir, "root.tar")
+	root := archive + ".root.tar"
 	defer os.Remove(root)
-	cmd := exec.CommandContext(ctx, "mmdebstrap", "--quiet", "--variant=minbase", "--include=python3",
-		`--aptopt=Acquire::Languages "none"`, "--dpkgopt=path-exclude=/usr/share/doc/*", "--dpkgopt=path-exclude=/usr/share/man/*",
-		suite, root, fmt.Sprintf("deb %s %s main", mirror, suite))
-	if out, err := cmd.CombinedOutput(); err != nil {
+	args := []string{"--quiet", "--variant=minbase", "--include=python3,ca-certificates", `--aptopt=Acquire::Languages "none"`}
+	for _, p := range []string{"doc", "man", "locale"} {
+		args = append(args, "--dpkgopt=path-exclude=/usr/share/"+p+"/*")
+	}
+	for _, h := range hooks {
+		args = append(args, "--customize-hook="+h)
+	}
+	args = append(args, suite, root, fmt.Sprintf("deb %s %s main", mirror, suite))
+	if out, err := exec.CommandContext(ctx, "mmdebstrap", args...).CombinedOutput(); err != nil {
 		return "", fmt.Errorf("mmdebstrap: %w\n%s", err, out)
 	}
 	lower, err := os.ReadFile(root)
 	if err != nil {
 		return "", err
 	}
-	upper, err := dockersave.Layer(dockersave.Entry{Name: "srv/"},
-		dockersave.Entry{Name: "srv/server.py", Body: fmt.Appendf(nil, server, Port)},
-		dockersave.Entry{Name: "etc/.wh.motd", Body: []byte{}})
+	im, err := image(lower)
 	if err != nil {
 		return "", err
 	}
 	tmp := archive + ".tmp"
-	image := dockersave.Image{Tag: "debian-python:1", Entrypoint: []string{"/usr/bin/python3", "/srv/server.py"}, Layers: [][]byte{lower, upper}}
-	if err := image.SaveLegacy(tmp); err != nil {
+	if err := im.SaveLegacy(tmp); err != nil {
 		return "", err
 	}
 	return archive, os.Rename(tmp, archive)

@@ -85,24 +85,32 @@ type member struct {
 }
 
 // WriteLegacy writes the gzip'd legacy layout.
-func (im Image) WriteLegacy(w io.Writer) error {
-	config, err := im.config()
-	if err != nil {
-		return err
-	}
-	configName := hexSum(config) + ".json"
+func (im Image) WriteLegacy(w io.Writer) error { return WriteLegacy(w, im) }
+
+// WriteLegacy writes the gzip'd legacy layout of several images.
+func WriteLegacy(w io.Writer, images ...Image) error {
 	var ms []member
-	var layers []string
-	for i, l := range im.Layers {
-		name := fmt.Sprintf("%s%02x/layer.tar", hexSum(l)[:62], i)
-		layers = append(layers, name)
-		ms = append(ms, member{name, l})
+	var index []map[string]any
+	for _, im := range images {
+		config, err := im.config()
+		if err != nil {
+			return err
+		}
+		configName := hexSum(config) + ".json"
+		var layers []string
+		for i, l := range im.Layers {
+			name := fmt.Sprintf("%s%02x/layer.tar", hexSum(l)[:62], i)
+			layers = append(layers, name)
+			ms = append(ms, member{name, l})
+		}
+		ms = append(ms, member{configName, config})
+		index = append(index, map[string]any{"Config": configName, "RepoTags": []string{im.Tag}, "Layers": layers})
 	}
-	manifest, err := json.Marshal([]map[string]any{{"Config": configName, "RepoTags": []string{im.Tag}, "Layers": layers}})
+	manifest, err := json.Marshal(index)
 	if err != nil {
 		return err
 	}
-	return writeTar(w, append(ms, member{configName, config}, member{"manifest.json", manifest}))
+	return writeTar(w, append(ms, member{"manifest.json", manifest}))
 }
 
 // WriteOCI writes the gzip'd OCI layout with a manifest.json beside it.

@@ -141,9 +141,16 @@ func (k *KBS) Settings() (string, error) {
   admin_key: %s/admin.key
 policy_dir: %s/policy
 base_dir: %s
-output_dir: %s/bundles
-`, port, port, k.Dir, k.Dir, k.Dir, k.env.Base, k.Dir), 0o644)
+output_dir: %s
+cache_dir: %s
+`, port, port, k.Dir, k.Dir, k.Dir, k.env.Base, k.Bundles(), k.Cache()), 0o644)
 }
+
+// Bundles is the folder where a build with these settings puts its bundle.
+func (k *KBS) Bundles() string { return filepath.Join(k.Dir, "bundles") }
+
+// Cache is the folder where it keeps converted layers.
+func (k *KBS) Cache() string { return filepath.Join(k.Dir, "cache") }
 
 // Bundle is an unpacked bundle.
 type Bundle struct {
@@ -207,9 +214,10 @@ type VM struct {
 	next int
 }
 
-// Boot starts the guest by its launch_vm.sh.
+// Boot starts the guest by its launch_vm.sh. An orderly stop gets a second
+// unless args say otherwise, so that Kill is quick.
 func (b *Bundle) Boot(args ...string) (*VM, error) {
-	cmd := exec.Command("./launch_vm.sh", args...)
+	cmd := exec.Command("./launch_vm.sh", append([]string{"--stop-timeout", "1"}, args...)...)
 	cmd.Dir = b.Dir
 	cmd.Env = append(os.Environ(), "COFFER_SIMPLATFORM="+b.env.program("simplatform"), "COFFER_SIM_CHIP="+b.env.chip())
 	v := &VM{Console: NewLines(b.env.Log)}
@@ -237,6 +245,9 @@ func (v *VM) Wait(ctx context.Context) error {
 		return fmt.Errorf("the guest is still running: %w; its last lines:\n%s", ctx.Err(), tail(v.Console.All(), 15))
 	}
 }
+
+// Stop presses the guest's power button and leaves it to itself.
+func (v *VM) Stop() { syscall.Kill(v.proc.cmd.Process.Pid, syscall.SIGTERM) }
 
 // Kill ends the guest at once.
 func (v *VM) Kill() { v.proc.stop() }

@@ -250,6 +250,24 @@ func (t *Tree) hide(path string) error {
 	return nil
 }
 
+// In lists the names in all directories of the given names, in no order.
+func (t *Tree) In(dirs ...string) []string {
+	var names []string
+	var walk func(dir *inode, listed bool)
+	walk = func(dir *inode, listed bool) {
+		for name, n := range dir.more.children {
+			if listed && !n.whiteout() {
+				names = append(names, name)
+			}
+			if n.is(TypeDir) {
+				walk(n, slices.Contains(dirs, name))
+			}
+		}
+	}
+	walk(t.root, false)
+	return names
+}
+
 // put gives n a name in dir, and returns what lies there then.
 func (t *Tree) put(dir *inode, name string, n *inode) (*inode, error) {
 	if len(name) > MaxName {

@@ -32,7 +32,11 @@ func write(t testing.TB, size int64, pieces map[int64][]byte) string {
 			t.Fatal(err)
 		}
 	}
-	if err := w.Finish(); err != nil {
+	end, err := w.Finish()
+	if err == nil {
+		err = f.Truncate(end)
+	}
+	if err != nil {
 		t.Fatal(err)
 	}
 	return path
@@ -91,7 +95,11 @@ func TestManyClusters(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if err := w.Finish(); err != nil {
+	end, err := w.Finish()
+	if err == nil {
+		err = f.Truncate(end)
+	}
+	if err != nil {
 		t.Fatal(err)
 	}
 	out, err := exec.Command(qemu, "check", f.Name()).CombinedOutput()

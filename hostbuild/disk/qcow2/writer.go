@@ -2,9 +2,9 @@
 // version 2, without a backing file, encryption, compression or snapshots.
 // The format is QEMU's docs/interop/qcow2.txt.
 //
-// The Writer gives a cluster its place when it is first written to, so that
-// what is written in order lies in order; the tables follow behind the data when
-// Finish is called. What was never written stays unallocated and reads as zero.
+// The Writer gives a cluster its place when it is first allocated or written to,
+// so that what comes in order lies in order; the tables follow behind the data
+// when Finish is called. What was never written stays unallocated and reads as zero.
 // The Reader is strict: the images it reads come back from hosts that are not
 // trusted.
 package qcow2
@@ -14,7 +14,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"os"
+	"sync"
 )
 
 const (
@@ -30,16 +30,18 @@ const (
 // MaxSize bounds the virtual size of images, in bytes.
 const MaxSize = 16 << 40
 
-// Writer makes an image. It is not safe for concurrent use.
+// Writer makes an image. Allocate and WriteAt may be called concurrently.
 type Writer struct {
-	f    *os.File
+	f    io.WriterAt
 	size int64
-	l2   [][]int64 // by L2 table, then cluster: place in the file; 0 is unallocated
-	end  int64     // of the clusters in use
+
+	mu  sync.Mutex
+	l2  [][]int64 // by L2 table, then cluster: place in the file; 0 is unallocated
+	end int64     // of the clusters in use
 }
 
-// NewWriter starts an image of size virtual bytes in the empty file f.
-func NewWriter(f *os.File, size int64) (*Writer, error) {
+// NewWriter starts an image of size virtual bytes in f, an empty file.
+func NewWriter(f io.WriterAt, size int64) (*Writer, error) {
 	if size <= 0 || size > MaxSize {
 		return nil, fmt.Errorf("qcow2: size %d is out of range", size)
 	}
@@ -47,11 +49,27 @@ func NewWriter(f *os.File, size int64) (*Writer, error) {
 	return &Writer{f: f, size: size, l2: make([][]int64, tables), end: clusterSize}, nil
 }
 
+// Allocate gives the clusters of n bytes at off their places, so that these do
+// not depend on the order of the writing.
+func (w *Writer) Allocate(off int64, n int) error {
+	if off < 0 || off > w.size || int64(n) > w.size-off {
+		return w.outside(off, n)
+	}
+	for c := off / clusterSize; c*clusterSize < off+int64(n); c++ {
+		w.place(c * clusterSize)
+	}
+	return nil
+}
+
+func (w *Writer) outside(off int64, n int) error {
+	return fmt.Errorf("qcow2: %d bytes at %d lie outside the disk of %d", n, off, w.size)
+}
+
 // WriteAt writes into the virtual disk. A cluster's bytes that are not written
 // read as zero.
 func (w *Writer) WriteAt(p []byte, off int64) (int, error) {
 	if off < 0 || off > w.size || int64(len(p)) > w.size-off {
-		return 0, fmt.Errorf("qcow2: %d bytes at %d lie outside the disk of %d", len(p), off, w.size)
+		return 0, w.outside(off, len(p))
 	}
 	done := 0
 	for done < len(p) {
@@ -71,6 +89,8 @@ func (w *Writer) WriteAt(p []byte, off int64) (int, error) {
 
 // place returns where the cluster of virtual offset off lies, allocating it.
 func (w *Writer) place(off int64) int64 {
+	w.mu.Lock()
+	defer w.mu.Unlock()
 	c := off / clusterSize
 	t := &w.l2[c/perL2]
 	if *t == nil {
@@ -84,8 +104,9 @@ func (w *Writer) place(off int64) int64 {
 	return *at
 }
 
-// Finish writes the tables and the header. The Writer is spent then.
-func (w *Writer) Finish() error {
+// Finish writes the tables and the header, and returns the size that the file
+// must have: a last cluster may be partly written. The Writer is spent then.
+func (w *Writer) Finish() (int64, error) {
 	l1 := make([]byte, 8*len(w.l2))
 	for i, t := range w.l2 {
 		if t == nil {
@@ -99,13 +120,13 @@ func (w *Writer) Finish() error {
 		}
 		at, err := w.appendTable(b)
 		if err != nil {
-			return err
+			return 0, err
 		}
 		binary.BigEndian.PutUint64(l1[8*i:], uint64(at)|copied)
 	}
 	l1At, err := w.appendTable(l1)
 	if err != nil {
-		return err
+		return 0, err
 	}
 
 	// The refcounts count their own clusters too: grow until all are covered.
@@ -131,15 +152,15 @@ func (w *Writer) Finish() error {
 			clear(refs[2*(total-i*perRefcount):])
 		}
 		if _, err := w.appendTable(refs); err != nil {
-			return err
+			return 0, err
 		}
 	}
 	refTableAt, err := w.appendTable(refTable)
 	if err != nil {
-		return err
+		return 0, err
 	}
 	if w.end/clusterSize != total {
-		return errors.New("qcow2: internal error: refcounts do not cover the file")
+		return 0, errors.New("qcow2: internal error: refcounts do not cover the file")
 	}
 
 	h := make([]byte, headerSize)
@@ -154,9 +175,9 @@ func (w *Writer) Finish() error {
 	binary.BigEndian.PutUint32(h[96:], 4) // refcounts of 16 bits
 	binary.BigEndian.PutUint32(h[100:], headerSize)
 	if _, err := w.f.WriteAt(h, 0); err != nil {
-		return err
+		return 0, err
 	}
-	return w.f.Truncate(w.end) // a last cluster that is partly written becomes whole
+	return w.end, nil
 }
 
 // appendTable writes b behind all clusters and returns its place.

@@ -4,6 +4,8 @@ import (
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"io"
+	"os"
 	"slices"
 )
 
@@ -132,6 +134,39 @@ func parseOVMF(image []byte) (*OVMF, error) {
 	var err error
 	o.sections, err = parseSections(metadata)
 	return o, err
+}
+
+// ReadOVMF reads a firmware file that is fit for a bundle: one that checks
+// kernel, initrd and command line.
+func ReadOVMF(path string) ([]byte, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return nil, fmt.Errorf("firmware: %w", err)
+	}
+	defer f.Close()
+	image, err := io.ReadAll(io.LimitReader(f, maxOVMF+1))
+	if err != nil {
+		return nil, fmt.Errorf("firmware: read %s: %w", path, err)
+	}
+	return image, CheckOVMF(path, image)
+}
+
+// CheckOVMF refuses a firmware image that is not fit for a bundle. name tells
+// people where it came from.
+func CheckOVMF(name string, image []byte) error {
+	const cure = "a bundle needs OVMF.amdsev.fd (Debian's package ovmf-amdsev, or edk2's OvmfPkg/AmdSev/AmdSevX64.dsc)"
+	o, err := ParseOVMF(image)
+	if err != nil {
+		return fmt.Errorf("firmware %s: %w; %s", name, err, cure)
+	}
+	if !o.KernelHashes() {
+		missing := "hash table"
+		if o.hashTable != 0 {
+			missing = "measured page for its hash table (section type 0x10)"
+		}
+		return fmt.Errorf("firmware %s: %w: it has no %s; %s", name, ErrNoKernelHashes, missing, cure)
+	}
+	return nil
 }
 
 // entryHeader reads the GUID and the length of the entry that ends b.

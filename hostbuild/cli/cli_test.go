@@ -1,0 +1,267 @@
+package cli
+
+import (
+	"bufio"
+	"bytes"
+	"compress/gzip"
+	"context"
+	"crypto/sha256"
+	"encoding/hex"
+	"encoding/json"
+	"errors"
+	"fmt"
+	"io"
+	"log/slog"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"strings"
+	"testing"
+	"time"
+
+	"github.com/rogpeppe/go-internal/testscript"
+	"golang.org/x/sys/unix"
+
+	"coffer/hostbuild/kbs"
+	"coffer/internal/testenv"
+	"coffer/test/dockersave"
+	"coffer/test/flarekit"
+)
+
+func TestMain(m *testing.M) {
+	run := func() { os.Exit(Main(context.Background(), "test", os.Args)) }
+	testscript.Main(m, map[string]func(){"hostbuild": run, "cvm_build": run, "cvm_build.sh": run,
+		"nvflare-reader": func() { os.Exit(nvflareReader(os.Args[1:])) }})
+}
+
+// nvflareReader runs a command as NVFlare's packager does: it waits for a line of
+// standard output, then for one of standard error, in turn, and so stands still
+// for ever where one of the two fills its pipe while the other is silent.
+func nvflareReader(argv []string) int {
+	ctx, cancel := context.WithTimeout(context.Background(), time.Minute)
+	defer cancel()
+	cmd := exec.CommandContext(ctx, argv[0], argv[1:]...)
+	var lines [2]*bufio.Reader
+	for i, pipe := range []func() (io.ReadCloser, error){cmd.StdoutPipe, cmd.StderrPipe} {
+		r, err := pipe()
+		if err != nil {
+			panic(err)
+		}
+		lines[i] = bufio.NewReader(r)
+	}
+	if err := cmd.Start(); err != nil {
+		panic(err)
+	}
+	for ended := 0; ended < len(lines); {
+		ended = 0
+		for _, r := range lines {
+			line, err := r.ReadString('\n')
+			fmt.Print(line)
+			if err != nil {
+				ended++
+			}
+		}
+	}
+	cmd.Wait()
+	if ctx.Err() != nil {
+		fmt.Println("nvflare-reader: dead-lock")
+		return 99
+	}
+	return cmd.ProcessState.ExitCode()
+}
+
+// TestScripts drives the program as people and NVFlare do: real bundles, without
+// a guest's programs in them, and a real KBS in this process. A script finds:
+//
+//	$SETTINGS        settings of a build host; bundles go to $WORK/bundles
+//	$OTHER_ADMIN     the same with an admin key that the KBS does not know
+//	image FILE [PACKAGE...]          an archive, with Python packages
+//	two-images FILE                  an archive of two images
+//	truncate FILE SIZE               cuts a file
+//	kit FOLDER [no-cc|sign-first|gpu]  a startup kit
+//	tmpfs FOLDER SIZE                a small file system; needs root
+//	nothing FOLDER                   fails unless nothing lies in it, hidden files included
+func TestScripts(t *testing.T) {
+	testenv.LookTool(t, "mke2fs")
+	base := fakeBase(t)
+	testscript.Run(t, testscript.Params{
+		Dir:                 "testdata",
+		RequireExplicitExec: true,
+		Setup:               func(e *testscript.Env) error { return setup(e, base) },
+		Cmds: map[string]func(*testscript.TestScript, bool, []string){
+			"image":      func(ts *testscript.TestScript, _ bool, args []string) { ts.Check(image(ts.MkAbs(args[0]), args[1:])) },
+			"two-images": func(ts *testscript.TestScript, _ bool, args []string) { ts.Check(twoImages(ts.MkAbs(args[0]))) },
+			"kit":        func(ts *testscript.TestScript, _ bool, args []string) { ts.Check(kit(ts.MkAbs(args[0]), args[1:])) },
+			"truncate": func(ts *testscript.TestScript, _ bool, args []string) {
+				var size int64
+				_, err := fmt.Sscan(args[1], &size)
+				ts.Check(errors.Join(err, os.Truncate(ts.MkAbs(args[0]), size)))
+			},
+			"tmpfs": func(ts *testscript.TestScript, _ bool, args []string) {
+				dir := ts.MkAbs(args[0])
+				ts.Check(os.MkdirAll(dir, 0o755))
+				ts.Check(unix.Mount("tmpfs", dir, "tmpfs", 0, "size="+args[1]))
+				ts.Defer(func() { unix.Unmount(dir, unix.MNT_DETACH) })
+			},
+			"nothing": func(ts *testscript.TestScript, _ bool, args []string) {
+				entries, err := os.ReadDir(ts.MkAbs(args[0]))
+				if !errors.Is(err, os.ErrNotExist) {
+					ts.Check(err)
+				}
+				for _, e := range entries {
+					ts.Fatalf("%s holds %s", args[0], e.Name())
+				}
+			},
+		},
+		Condition: func(cond string) (bool, error) {
+			if cond != "root" {
+				return false, fmt.Errorf("unknown condition %s", cond)
+			}
+			return os.Geteuid() == 0, nil
+		},
+	})
+}
+
+func setup(e *testscript.Env, base string) error {
+	dir := filepath.Join(e.WorkDir, "kbs")
+	if err := kbs.Init(dir, kbs.Options{Hosts: []string{"127.0.0.1"}}); err != nil {
+		return err
+	}
+	server, err := kbs.New(kbs.Options{Dir: dir, Logger: slog.New(slog.DiscardHandler)})
+	if err != nil {
+		return err
+	}
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		return err
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	served := make(chan error, 1)
+	go func() { served <- server.Serve(ctx, l) }()
+	e.Defer(func() { cancel(); <-served })
+
+	other := filepath.Join(e.WorkDir, "other-kbs")
+	if err := errors.Join(kbs.Init(other, kbs.Options{Hosts: []string{"127.0.0.1"}}), os.Mkdir(filepath.Join(dir, "policy"), 0o755)); err != nil {
+		return err
+	}
+	for name, key := range map[string]string{"SETTINGS": dir, "OTHER_ADMIN": other} {
+		file := filepath.Join(e.WorkDir, strings.ToLower(name)+".yaml")
+		text := fmt.Sprintf("kbs:\n  url: https://%s\n  ca: %s/ca.pem\n  admin_key: %s/admin.key\npolicy_dir: %s/policy\nbase_dir: %s\noutput_dir: %s/bundles\n",
+			l.Addr(), dir, key, dir, base, e.WorkDir)
+		if err := os.WriteFile(file, []byte(text), 0o644); err != nil {
+			return err
+		}
+		e.Setenv(name, file)
+	}
+	e.Setenv("COFFER_SETTINGS", e.Getenv("SETTINGS"))
+	e.Setenv("HOME", e.WorkDir)
+	return nil
+}
+
+// fakeBase is a guest base with a firmware that can be measured, and nothing that runs.
+func fakeBase(t *testing.T) string {
+	t.Helper()
+	raw, err := os.ReadFile("../../internal/measure/testdata/vectors.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var v struct {
+		Inputs struct {
+			Synthetic struct {
+				OVMF []byte `json:"ovmf_base64_gz"`
+			}
+		}
+	}
+	if err := json.Unmarshal(raw, &v); err != nil {
+		t.Fatal(err)
+	}
+	z, err := gzip.NewReader(bytes.NewReader(v.Inputs.Synthetic.OVMF))
+	if err != nil {
+		t.Fatal(err)
+	}
+	ovmf, err := io.ReadAll(z)
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	type file struct {
+		Path   string `json:"path"`
+		Size   int    `json:"size"`
+		SHA256 string `json:"sha256"`
+	}
+	var files []file
+	for name, data := range map[string][]byte{
+		"vmlinuz": []byte("a kernel"), "initrd-base.img": []byte("an initrd"), "OVMF.amdsev.fd": ovmf, "ca-certificates.crt": []byte("certificates"),
+		"bin/agent": []byte("a"), "bin/containerd": []byte("c"), "bin/containerd-shim-runc-v2": []byte("s"), "bin/runc": []byte("r"),
+	} {
+		sum := sha256.Sum256(data)
+		files = append(files, file{name, len(data), hex.EncodeToString(sum[:])})
+		if err := errors.Join(os.MkdirAll(filepath.Dir(filepath.Join(dir, name)), 0o755), os.WriteFile(filepath.Join(dir, name), data, 0o644)); err != nil {
+			t.Fatal(err)
+		}
+	}
+	doc, err := json.Marshal(map[string]any{"version": 1, "platform": "snp", "kernel_version": "6.12.0-test", "files": files})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(filepath.Join(dir, "base.json"), doc, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	return dir
+}
+
+// incompressible fills a layer so that a cut archive is cut inside of it.
+func incompressible() []byte {
+	var b []byte
+	for i := range 4096 {
+		sum := sha256.Sum256([]byte{byte(i), byte(i >> 8)})
+		b = append(b, sum[:]...)
+	}
+	return b
+}
+
+func image(path string, packages []string) error {
+	entries := []dockersave.Entry{{Name: "app", Mode: 0o755, Body: incompressible()}}
+	for _, p := range packages {
+		entries = append(entries, dockersave.Entry{Name: "usr/lib/python3/dist-packages/" + p + "/__init__.py", Body: []byte("#\n")})
+	}
+	layer, err := dockersave.Layer(entries...)
+	if err != nil {
+		return err
+	}
+	return dockersave.Image{Tag: "app:1", Entrypoint: []string{"/app"}, Layers: [][]byte{layer}}.SaveLegacy(path)
+}
+
+func kit(dir string, args []string) error {
+	k := flarekit.Kit{}
+	for _, a := range args {
+		switch a {
+		case "no-cc":
+			k.NoCC = true
+		case "sign-first":
+			k.SignFirst = true
+		case "gpu":
+			k.Authorizers = map[string]string{"snp_authorizer": flarekit.SNP, "gpu_authorizer": flarekit.GPU}
+		default:
+			return fmt.Errorf("kit: unknown %q", a)
+		}
+	}
+	return k.Make(dir)
+}
+
+func twoImages(path string) error {
+	var b bytes.Buffer
+	var images []dockersave.Image
+	for _, name := range []string{"one", "two"} {
+		layer, err := dockersave.Layer(dockersave.Entry{Name: name, Body: []byte(name)})
+		if err != nil {
+			return err
+		}
+		images = append(images, dockersave.Image{Tag: name + ":1", Entrypoint: []string{"/" + name}, Layers: [][]byte{layer}})
+	}
+	if err := dockersave.WriteLegacy(&b, images...); err != nil {
+		return err
+	}
+	return os.WriteFile(path, b.Bytes(), 0o644)
+}
