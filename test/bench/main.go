@@ -99,7 +99,7 @@ func run(ctx context.Context, bin, base string, runs int, buildOnly, kbsOnly boo
 	if err != nil {
 		return err
 	}
-	b := &bench{env: env, settings: settings, archive: archive, runs: runs}
+	b := &bench{env: env, kbs: kbs, settings: settings, archive: archive, runs: runs}
 	figures := []func(context.Context) error{b.build, b.sizes, b.boot}
 	if buildOnly {
 		figures = figures[:2]
@@ -114,6 +114,7 @@ func run(ctx context.Context, bin, base string, runs int, buildOnly, kbsOnly boo
 
 type bench struct {
 	env      *harness.Env
+	kbs      *harness.KBS
 	settings string
 	archive  string
 	runs     int
