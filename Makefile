@@ -16,20 +16,20 @@ endif
 CGO_BUILD := GOFLAGS= GOOS=linux GOARCH=amd64 GOAMD64=v1 $(GO) build -trimpath -buildvcs=false
 BUILD := CGO_ENABLED=0 $(CGO_BUILD)
 LDFLAGS := -s -w -buildid=
-MAINS := $(addprefix bin/,hostbuild init agent kbs-client simplatform demo bench)
+MAINS := $(addprefix bin/,hostbuild init agent snpguest kbs-client simplatform demo bench)
 GUEST := $(addprefix bin/,containerd containerd-shim-runc-v2 runc)
 BASES := build/base/snp/base.json build/base/simulated/base.json
 SOURCES := go.mod go.sum $(shell find agent cmd hostbuild images initramfs internal kbsclient test -type f ! -name '*_test.go' ! -path '*/testdata/*')
 
 PREFIX ?= /usr/local
 
-.PHONY: all deps base install test test-e2e test-oracles bench demo regorus fuzz lint clean
+.PHONY: all deps base install test test-e2e test-oracles bench demo regorus fuzz lint clean test-nvflare
 .DELETE_ON_ERROR:
 
-all: $(MAINS) $(GUEST) bin/init-simulated bin/agent-simulated bin/cvm_build bin/demo-workload bin/bench-idle
+all: $(MAINS) $(GUEST) bin/init-simulated bin/agent-simulated bin/snpguest-simulated bin/cvm_build bin/demo-workload bin/bench-idle
 
 $(MAINS) &: $(SOURCES)
-	$(BUILD) -ldflags "$(LDFLAGS)" -o bin/ ./cmd/hostbuild ./cmd/init ./cmd/agent ./cmd/kbs-client ./test/simplatform ./test/demo ./test/bench
+	$(BUILD) -ldflags "$(LDFLAGS)" -o bin/ ./cmd/hostbuild ./cmd/init ./cmd/agent ./cmd/snpguest ./cmd/kbs-client ./test/simplatform ./test/demo ./test/bench
 	@touch $(MAINS)
 bin/%-simulated: $(SOURCES)
 	$(BUILD) -tags simulated -ldflags "$(LDFLAGS)" -o $@ ./cmd/$*
@@ -58,7 +58,7 @@ deps:
 # The packages of a base stay those of its first build until `make clean`;
 # both bases are made of the same.
 base: $(BASES)
-build/base/%/base.json: bin/hostbuild bin/init bin/agent bin/init-simulated bin/agent-simulated $(GUEST) | deps
+build/base/%/base.json: bin/hostbuild bin/init bin/agent bin/snpguest bin/init-simulated bin/agent-simulated bin/snpguest-simulated $(GUEST) | deps
 	bin/hostbuild base build --platform $* --programs bin --out build/base/$* --cache build/cache \
 	$$(ls build/base/*/base.lock 2>/dev/null | head -n 1 | sed 's/^/--locked /')
 build/base/simulated/base.json: build/base/snp/base.json
@@ -69,7 +69,7 @@ install: bin/hostbuild bin/kbs-client
 
 # Units first; then the scenarios alone, since they time what QEMU does.
 test: all base deps
-	COFFER_TEST_OVMF=$(CURDIR)/build/base/snp/OVMF.amdsev.fd $(GO) test $$($(GO) list ./... | grep -v -e /test/scenarios -e /test/e2e)
+	COFFER_TEST_OVMF=$(CURDIR)/build/base/snp/OVMF.amdsev.fd $(GO) test $$($(GO) list ./... | grep -v -e /test/scenarios -e /test/e2e -e /test/nvflare)
 	$(GO) test -count=1 -timeout 40m -v ./test/scenarios
 test-e2e: all base deps
 	$(GO) test -count=1 -timeout 30m -v ./test/e2e
@@ -78,7 +78,16 @@ test-oracles:
 	@test -x build/oracles/bin/sev-snp-measure || { python3 -m venv build/oracles && build/oracles/bin/pip install -q sev-snp-measure==0.0.13; } || \
 	{ echo "test-oracles: SKIPPED: no python3 with venv and pip, or no package index"; exit 0; }; \
 	PATH=$(CURDIR)/build/oracles/bin:$$PATH COFFER_TEST_OVMF=$(wildcard $(CURDIR)/build/base/snp/OVMF.amdsev.fd) \
-	$(GO) test -count=1 -v -run Oracle ./hostbuild/measure ./internal/snp/idblock
+	$(GO) test -count=1 -v -run Oracle ./internal/measure ./internal/snp/idblock
+# The real NVFlare from PyPI calls our cvm_build.
+NVFLARE := 2.9.0 2.7.3
+test-nvflare: DEPS += $(shell python3 -c 'import ensurepip' 2>/dev/null || echo python3-venv)
+test-nvflare: all base deps $(NVFLARE:%=build/nvflare/%/installed)
+	$(GO) test -count=1 -timeout 20m -v ./test/nvflare
+build/nvflare/%/installed: | deps
+	python3 -m venv --clear $(@D)
+	$(@D)/bin/pip install -q nvflare==$*
+	@touch $@
 bench: all base deps
 	bin/bench
 demo: all base deps
@@ -90,7 +99,7 @@ regorus:
 fuzz:
 	@grep -rlE '^func Fuzz' --include='*_test.go' . | sort | while read -r file; do \
 	for target in $$(sed -n 's/^func \(Fuzz[A-Za-z0-9_]*\)(.*/\1/p' $$file); do \
-	echo "fuzz: $$file $$target"; $(GO) test -run '^$$' -fuzz "^$$target$$" -fuzztime $(FUZZTIME) ./$$(dirname $$file) </dev/null || exit 1; done; done
+	echo "fuzz: $$file $$target"; $(GO) test -run '^$$' -fuzz "^$$target$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 20x ./$$(dirname $$file) </dev/null || exit 1; done; done
 lint:
 	@test -z "$$(git ls-files "*.go" | xargs gofmt -l | tee /dev/stderr)" || { echo "lint: run gofmt -w on these files"; exit 1; }
 	$(GO) vet ./...

@@ -18,10 +18,10 @@ import (
 	"strings"
 	"testing"
 
-	"coffer/hostbuild/measure"
 	"coffer/images"
 	"coffer/initramfs"
 	"coffer/initramfs/modules"
+	"coffer/internal/measure"
 	"coffer/internal/testenv"
 
 	"github.com/klauspost/compress/zstd"
@@ -90,7 +90,7 @@ func goProgram(t *testing.T, tags string) string {
 // firmware is the small one of package measure's vectors.
 func firmware(t *testing.T) string {
 	t.Helper()
-	text, err := os.ReadFile("../measure/testdata/vectors.json")
+	text, err := os.ReadFile("../../internal/measure/testdata/vectors.json")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -333,7 +333,7 @@ func TestSimulatedProgramsStayOutOfProduction(t *testing.T) {
 		func(p *Params) { p.Programs["agent"] = program },
 	} {
 		p := p
-		p.Programs = map[string]string{"agent": p.Init, "containerd": p.Init, "containerd-shim-runc-v2": p.Init, "runc": p.Init}
+		p.Programs = map[string]string{"agent": p.Init, "snpguest": p.Init, "containerd": p.Init, "containerd-shim-runc-v2": p.Init, "runc": p.Init}
 		change(&p)
 		if _, err := Build(t.Context(), p); err == nil || !strings.Contains(err.Error(), "must not get into a base for platform snp") {
 			t.Errorf("got %v", err)

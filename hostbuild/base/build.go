@@ -12,9 +12,9 @@ import (
 	"slices"
 	"strings"
 
-	"coffer/hostbuild/measure"
 	"coffer/images"
 	"coffer/initramfs"
+	"coffer/internal/measure"
 )
 
 // Roles of packages, in the order in which manifest and lock name them.
@@ -34,7 +34,7 @@ type Params struct {
 	Image    string // name in package images; "" means "cpu"
 
 	Init     string            // program that becomes /init
-	Programs map[string]string // name in bin/, such as "agent", to program; agent, containerd, containerd-shim-runc-v2 and runc at least
+	Programs map[string]string // name in bin/, such as "agent", to program; agent, snpguest, containerd, containerd-shim-runc-v2 and runc at least
 
 	// OVMF is a firmware file to take in place of the image's package. Where it is
 	// empty and the package cannot be had, InstalledOVMF is taken if it is there.

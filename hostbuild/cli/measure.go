@@ -15,7 +15,7 @@ import (
 	"github.com/spf13/cobra"
 
 	"coffer/hostbuild/bundle"
-	"coffer/hostbuild/measure"
+	"coffer/internal/measure"
 	"coffer/internal/snp"
 )
 

@@ -14,7 +14,7 @@ import (
 	"testing"
 
 	"coffer/hostbuild/bundle"
-	"coffer/hostbuild/measure"
+	"coffer/internal/measure"
 	"coffer/test/simsnp"
 )
 
@@ -39,7 +39,7 @@ func writeFiles(t *testing.T, dir string, files map[string][]byte) {
 // syntheticOVMF is the small firmware of package measure's vectors.
 func syntheticOVMF(t *testing.T) []byte {
 	t.Helper()
-	text, err := os.ReadFile("../measure/testdata/vectors.json")
+	text, err := os.ReadFile("../../internal/measure/testdata/vectors.json")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -76,12 +76,12 @@ func testBundle(t *testing.T) (dir string, m *bundle.Manifest) {
 		bundle.LaunchVM: []byte("#!/bin/sh\nCMDLINE='" + testCmdline + "'\n"),
 	})
 	m = &bundle.Manifest{Version: 1, CVMID: "cvm_0123456789ab", Platform: "snp", Cmdline: testCmdline, GuestFeatures: "0x1"}
-	for _, name := range []string{bundle.OVMF, bundle.Kernel, bundle.Initrd} {
-		sum, err := measure.HashFile(filepath.Join(dir, name))
+	for _, name := range []string{bundle.OVMF, bundle.Kernel, bundle.Initrd, bundle.LaunchVM} {
+		b, err := os.ReadFile(filepath.Join(dir, name))
 		if err != nil {
 			t.Fatal(err)
 		}
-		m.Files = append(m.Files, bundle.File{Name: name, SHA256: hex.EncodeToString(sum[:])})
+		m.Files = append(m.Files, bundle.File{Name: name, Size: int64(len(b)), SHA256: measure.HexSHA256(b)})
 	}
 	for _, cpu := range []string{"EPYC-v4", "EPYC-Genoa"} {
 		for _, n := range []int{2, 1} {

@@ -58,7 +58,8 @@ type source struct {
 	tee       string
 	simulated bool
 	fetch     fetch
-	busy      chan struct{} // holds one token while a fetch runs
+	derive    func(KeyRequest) ([]byte, error) // nil: cannot
+	busy      chan struct{}                    // holds one token while a fetch or derive runs
 }
 
 func newSource(tee string, simulated bool, f fetch) *source {

@@ -16,5 +16,7 @@ func Open(platform, tee string) (Source, error) {
 	if platform != Platform || tee != TEESNP {
 		return nil, fmt.Errorf("%w %q with tee %q: it is for platform %q", ErrPlatform, platform, tee, Platform)
 	}
-	return newSource(TEESNP, false, newTSM(tsmDir).report), nil
+	s := newSource(TEESNP, false, newTSM(tsmDir).report)
+	s.derive = deriveKey
+	return s, nil
 }

@@ -20,6 +20,12 @@ func (t TCB) parts() [5]uint8 {
 	return [5]uint8{fmc, t.Bootloader, t.TEE, t.SNP, t.Microcode}
 }
 
+// ParseTCB reads the eight bytes of a TCB, in Turin's layout or the earlier one.
+func ParseTCB(b [8]byte, turin bool) (t TCB) {
+	reader(b[:]).tcb(0, &t, turin)
+	return t
+}
+
 // Equal reports that both have the same parts, a missing FMC being unlike any.
 func (t TCB) Equal(o TCB) bool {
 	return t.parts() == o.parts() && (t.FMC == nil) == (o.FMC == nil)

@@ -28,7 +28,7 @@ import (
 	"syscall"
 	"time"
 
-	"coffer/hostbuild/measure"
+	"coffer/internal/measure"
 	"coffer/internal/simport"
 	"coffer/internal/snp"
 	"coffer/test/simsnp"

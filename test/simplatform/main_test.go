@@ -48,7 +48,7 @@ func program(t *testing.T, args ...string) *exec.Cmd {
 // files writes a firmware, a kernel and an initrd and returns serve's arguments.
 func files(t *testing.T, dir string) []string {
 	t.Helper()
-	text, err := os.ReadFile("../../hostbuild/measure/testdata/vectors.json")
+	text, err := os.ReadFile("../../internal/measure/testdata/vectors.json")
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -120,7 +120,7 @@ func Verify(r *snp.Report, certs []snp.Cert, o Options) (*Result, error) {
 	if err != nil {
 		return nil, err
 	}
-	if err := checkSignature(r, vek); err != nil {
+	if err := Signature(r, vek); err != nil {
 		return nil, err
 	}
 	for _, check := range []func() error{
@@ -141,6 +141,28 @@ func Verify(r *snp.Report, certs []snp.Cert, o Options) (*Result, error) {
 		return nil, ErrReportData
 	}
 	return &Result{Product: product, Signer: signer, Simulated: root.Simulated}, nil
+}
+
+// CheckVEK judges a chip certificate for a report: that it chains to the roots of
+// the report's product, that its key signed the report, and that chip id and TCB
+// are its own. It does not judge the report.
+func CheckVEK(r *snp.Report, der []byte, o Options) error {
+	product, err := r.Product()
+	if err != nil {
+		return err
+	}
+	signer, err := signingKey(r, o)
+	if err != nil {
+		return err
+	}
+	vek, err := findVEK([]snp.Cert{{Type: signer, Data: der}}, signer)
+	if err != nil {
+		return err
+	}
+	if _, err := checkChain(vek, signer, product, o); err != nil {
+		return err
+	}
+	return errors.Join(Signature(r, vek), checkCertTCB(r, vek, product), checkChipID(r, vek, signer, o))
 }
 
 func or(v, fallback uint32) uint32 {
@@ -214,8 +236,8 @@ func checkChain(vek *x509.Certificate, signer snp.CertType, product string, o Op
 	return nil, err
 }
 
-// checkSignature checks the signature over the report's signed part.
-func checkSignature(r *snp.Report, vek *x509.Certificate) error {
+// Signature checks the signature over the report's signed part, and nothing else.
+func Signature(r *snp.Report, vek *x509.Certificate) error {
 	key, ok := vek.PublicKey.(*ecdsa.PublicKey)
 	digest := sha512.Sum384(r.Marshal()[:snp.SignedSize])
 	if !ok || !ecdsa.Verify(key, digest[:], littleEndian(r.SignatureR), littleEndian(r.SignatureS)) {
@@ -240,33 +262,46 @@ func extension(c *x509.Certificate, arcs ...int) ([]byte, bool) {
 	return nil, false
 }
 
-// checkCertTCB compares the reported TCB with the one that the key stands for.
-func checkCertTCB(r *snp.Report, vek *x509.Certificate, product string) error {
-	type part struct {
+// CertTCB reads the TCB that a chip certificate stands for. FMC is nil where the
+// certificate has none.
+func CertTCB(vek *x509.Certificate) (snp.TCB, error) {
+	var t snp.TCB
+	for _, p := range []struct {
 		name string
 		arc  int
-		got  uint8
-	}
-	t := r.ReportedTCB
-	parts := []part{{"bootloader", 1, t.Bootloader}, {"tee", 2, t.TEE}, {"snp", 3, t.SNP}, {"microcode", 8, t.Microcode}}
-	if product == "Turin" {
-		if t.FMC == nil {
-			return fmt.Errorf("%w: the report has no fmc", ErrCertTCB)
-		}
-		parts = append(parts, part{"fmc", 9, *t.FMC})
-	}
-	for _, p := range parts {
+		into *uint8
+	}{{"bootloader", 1, &t.Bootloader}, {"tee", 2, &t.TEE}, {"snp", 3, &t.SNP}, {"microcode", 8, &t.Microcode}, {"fmc", 9, nil}} {
 		value, ok := extension(vek, 3, p.arc)
+		if !ok && p.into == nil {
+			continue
+		}
 		if !ok {
-			return fmt.Errorf("%w: the certificate has no %s", ErrCertTCB, p.name)
+			return t, fmt.Errorf("%w: the certificate has no %s", ErrCertTCB, p.name)
 		}
-		var want int
-		if rest, err := asn1.Unmarshal(value, &want); err != nil || len(rest) > 0 {
-			return fmt.Errorf("%w: the certificate's %s is no INTEGER", ErrCertTCB, p.name)
+		var v int
+		if rest, err := asn1.Unmarshal(value, &v); err != nil || len(rest) > 0 || v < 0 || v > 255 {
+			return t, fmt.Errorf("%w: the certificate's %s is no INTEGER of a byte", ErrCertTCB, p.name)
 		}
-		if int(p.got) != want {
-			return fmt.Errorf("%w: %s is %d, the certificate's %d", ErrCertTCB, p.name, p.got, want)
+		if p.into == nil {
+			t.FMC = new(uint8)
+			p.into = t.FMC
 		}
+		*p.into = uint8(v)
+	}
+	return t, nil
+}
+
+// checkCertTCB compares the reported TCB with the one that the key stands for.
+func checkCertTCB(r *snp.Report, vek *x509.Certificate, product string) error {
+	want, err := CertTCB(vek)
+	if err != nil {
+		return err
+	}
+	if product != "Turin" {
+		want.FMC = nil
+	}
+	if !r.ReportedTCB.Equal(want) {
+		return fmt.Errorf("%w: %s, the certificate's %s", ErrCertTCB, r.ReportedTCB, want)
 	}
 	return nil
 }

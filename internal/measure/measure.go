@@ -45,10 +45,23 @@ type Input struct {
 	Cmdline       string // QEMU's -append, byte for byte
 	VCPUs         int
 	CPU           string // QEMU's -cpu without options
+	CPUSignature  uint32 // CPUID(1).EAX, where CPU is ""
 	GuestFeatures uint64 // SEV_FEATURES; 0 stands for DefaultGuestFeatures
+	VMM           VMM
+	AfterOVMF     *[48]byte // the digest after the firmware's pages, if it is known already
 
 	cmdlineSum *[32]byte // Explain's, in place of Cmdline's
 }
+
+// VMM is the program that makes the guest. They start vCPUs in different states.
+type VMM int
+
+// VMMs.
+const (
+	QEMU VMM = iota
+	EC2
+	KRUN
+)
 
 // Result is the launch digest and what led to it, for comparing step by step.
 type Result struct {
@@ -61,11 +74,14 @@ type Result struct {
 
 // Digest computes the launch digest.
 func Digest(in Input) (*Result, error) {
-	f, err := newFirmware(in.OVMF)
+	ovmf, err := ParseOVMF(in.OVMF)
 	if err != nil {
 		return nil, err
 	}
-	return f.launch(in)
+	if in.AfterOVMF != nil {
+		return (&firmware{ovmf, *in.AfterOVMF}).launch(in)
+	}
+	return (&firmware{ovmf, ovmf.Digest()}).launch(in)
 }
 
 // firmware is a parsed image and the digest after its pages. What varies else
@@ -80,18 +96,16 @@ func newFirmware(image []byte) (*firmware, error) {
 	if err != nil {
 		return nil, err
 	}
-	var ld launch
-	for off := 0; off < len(image); off += pageSize {
-		ld.add(pageNormal, 1<<32-uint64(len(image)-off), sha512.Sum384(image[off:off+pageSize]))
-	}
-	return &firmware{ovmf, ld.digest}, nil
+	return &firmware{ovmf, ovmf.Digest()}, nil
 }
 
 // launch goes on from the firmware's pages with all of in but OVMF.
 func (f *firmware) launch(in Input) (*Result, error) {
-	sig, err := CPUSignature(in.CPU)
-	if err != nil {
-		return nil, err
+	sig, err := in.CPUSignature, error(nil)
+	if in.CPU != "" || sig == 0 {
+		if sig, err = CPUSignature(in.CPU); err != nil {
+			return nil, err
+		}
 	}
 	if in.VCPUs < 1 || in.VCPUs > maxVCPUs {
 		return nil, fmt.Errorf("%d vCPUs: want 1 to %d", in.VCPUs, maxVCPUs)
@@ -112,19 +126,37 @@ func (f *firmware) launch(in Input) (*Result, error) {
 	ld := launch{f.digest}
 	r := Result{AfterOVMF: f.digest}
 	for _, s := range f.sections {
-		ld.addSection(s, hashes)
+		if in.VMM != EC2 || s.kind != secCPUID {
+			ld.addSection(s, hashes)
+		}
+	}
+	if in.VMM == EC2 { // the CPUID page comes last
+		for _, s := range f.sections {
+			if s.kind == secCPUID {
+				ld.addSection(s, hashes)
+			}
+		}
 	}
 	r.AfterMetadata = ld.digest
-	r.VMSABSP = sha512.Sum384(vmsa(bspEIP, sig, in.GuestFeatures))
+	r.VMSABSP = sha512.Sum384(vmsa(in.VMM, bspEIP, sig, in.GuestFeatures))
 	ld.add(pageVMSA, vmsaGPA, r.VMSABSP)
 	if in.VCPUs > 1 {
-		r.VMSAAP = sha512.Sum384(vmsa(f.apEIP, sig, in.GuestFeatures))
+		r.VMSAAP = sha512.Sum384(vmsa(in.VMM, f.apEIP, sig, in.GuestFeatures))
 	}
 	for range in.VCPUs - 1 {
 		ld.add(pageVMSA, vmsaGPA, r.VMSAAP)
 	}
 	r.LaunchDigest = ld.digest
 	return &r, nil
+}
+
+// Digest is the launch digest after the firmware's own pages.
+func (o *OVMF) Digest() [48]byte {
+	var ld launch
+	for off := 0; off < len(o.image); off += pageSize {
+		ld.add(pageNormal, 1<<32-uint64(len(o.image)-off), sha512.Sum384(o.image[off:off+pageSize]))
+	}
+	return ld.digest
 }
 
 type pageType uint8
@@ -217,39 +249,47 @@ func hashPage(o *OVMF, in Input) ([]byte, error) {
 	return page, nil
 }
 
-// vmsa makes the save area with which KVM starts a vCPU at eip.
-func vmsa(eip, cpuSignature uint32, features uint64) []byte {
+// vmsa makes the save area with which a vCPU starts at eip.
+func vmsa(vmm VMM, eip, cpuSignature uint32, features uint64) []byte {
 	b := make([]byte, pageSize)
 	le := binary.LittleEndian
+	// What KVM sets for QEMU, and other VMMs do not.
+	cs, ss, tr, rdx, mxcsr, fcw := uint16(0x9b), uint16(0x93), uint16(0x8b), uint64(cpuSignature), uint32(0x1f80), uint16(0x37f)
+	if vmm != QEMU {
+		ss, tr, rdx, mxcsr, fcw = 0x92, 0x83, 0, 0, 0
+		if vmm == KRUN || eip == bspEIP {
+			cs = 0x9a
+		}
+	}
 	segment := func(off int, selector, attributes uint16, base uint64) {
 		le.PutUint16(b[off:], selector)
 		le.PutUint16(b[off+2:], attributes)
 		le.PutUint32(b[off+4:], 0xffff)
 		le.PutUint64(b[off+8:], base)
 	}
-	segment(0x00, 0, 0x93, 0)                        // ES
-	segment(0x10, 0xf000, 0x9b, uint64(eip)&^0xffff) // CS
-	segment(0x20, 0, 0x93, 0)                        // SS
-	segment(0x30, 0, 0x93, 0)                        // DS
-	segment(0x40, 0, 0x93, 0)                        // FS
-	segment(0x50, 0, 0x93, 0)                        // GS
-	segment(0x60, 0, 0, 0)                           // GDTR
-	segment(0x70, 0, 0x82, 0)                        // LDTR
-	segment(0x80, 0, 0, 0)                           // IDTR
-	segment(0x90, 0, 0x8b, 0)                        // TR
-	le.PutUint64(b[0xd0:], 0x1000)                   // EFER: SVME
-	le.PutUint64(b[0x148:], 0x40)                    // CR4: MCE
-	le.PutUint64(b[0x158:], 0x10)                    // CR0: ET
-	le.PutUint64(b[0x160:], 0x400)                   // DR7
-	le.PutUint64(b[0x168:], 0xffff0ff0)              // DR6
-	le.PutUint64(b[0x170:], 2)                       // RFLAGS
-	le.PutUint64(b[0x178:], uint64(eip)&0xffff)      // RIP
-	le.PutUint64(b[0x268:], 0x0007040600070406)      // G_PAT
-	le.PutUint64(b[0x310:], uint64(cpuSignature))    // RDX
-	le.PutUint64(b[0x3b0:], features)                // SEV_FEATURES
-	le.PutUint64(b[0x3e8:], 1)                       // XCR0
-	le.PutUint32(b[0x408:], 0x1f80)                  // MXCSR
-	le.PutUint16(b[0x410:], 0x37f)                   // X87_FCW
+	segment(0x00, 0, 0x93, 0)                      // ES
+	segment(0x10, 0xf000, cs, uint64(eip)&^0xffff) // CS
+	segment(0x20, 0, ss, 0)                        // SS
+	segment(0x30, 0, 0x93, 0)                      // DS
+	segment(0x40, 0, 0x93, 0)                      // FS
+	segment(0x50, 0, 0x93, 0)                      // GS
+	segment(0x60, 0, 0, 0)                         // GDTR
+	segment(0x70, 0, 0x82, 0)                      // LDTR
+	segment(0x80, 0, 0, 0)                         // IDTR
+	segment(0x90, 0, tr, 0)                        // TR
+	le.PutUint64(b[0xd0:], 0x1000)                 // EFER: SVME
+	le.PutUint64(b[0x148:], 0x40)                  // CR4: MCE
+	le.PutUint64(b[0x158:], 0x10)                  // CR0: ET
+	le.PutUint64(b[0x160:], 0x400)                 // DR7
+	le.PutUint64(b[0x168:], 0xffff0ff0)            // DR6
+	le.PutUint64(b[0x170:], 2)                     // RFLAGS
+	le.PutUint64(b[0x178:], uint64(eip)&0xffff)    // RIP
+	le.PutUint64(b[0x268:], 0x0007040600070406)    // G_PAT
+	le.PutUint64(b[0x310:], rdx)                   // RDX
+	le.PutUint64(b[0x3b0:], features)              // SEV_FEATURES
+	le.PutUint64(b[0x3e8:], 1)                     // XCR0
+	le.PutUint32(b[0x408:], mxcsr)                 // MXCSR
+	le.PutUint16(b[0x410:], fcw)                   // X87_FCW
 	return b
 }
 
@@ -282,8 +322,16 @@ func CPUSignature(model string) (uint32, error) {
 	if !ok {
 		return 0, fmt.Errorf("%w: %q; known are %s", ErrUnknownCPU, model, strings.Join(CPUModels(), ", "))
 	}
-	family, number, stepping := c[0], c[1], c[2] // every family here is above 15
-	return (family-15)<<20 | number>>4<<16 | 0xf<<8 | number&0xf<<4 | stepping, nil
+	return Signature(c[0], c[1], c[2]), nil
+}
+
+// Signature is CPUID(1).EAX of a CPU.
+func Signature(family, model, stepping uint32) uint32 {
+	low, high := family, uint32(0)
+	if family > 0xf {
+		low, high = 0xf, family-0xf
+	}
+	return high&0xff<<20 | model>>4&0xf<<16 | low<<8 | model&0xf<<4 | stepping&0xf
 }
 
 // HexSHA256 is a firmware's digest as manifests hold it.
