@@ -556,8 +556,8 @@ func TestFetchCA(t *testing.T) {
 	}
 }
 
-// The auth block is signed by fresh random numbers, so it is verified in place
-// of compared.
+// virtee's program signs with random numbers, so signatures are verified in
+// place of compared.
 func TestIDBlock(t *testing.T) {
 	here, _ := filepath.Abs("testdata")
 	t.Chdir(t.TempDir())
