@@ -2,7 +2,7 @@
 
 # Debian packages that building and testing need; `make deps` installs those that are missing.
 DEPS := gcc libc6-dev pkg-config libseccomp-dev debian-archive-keyring \
-	qemu-system-x86 qemu-utils cryptsetup-bin erofs-utils e2fsprogs nftables busybox-static mmdebstrap mmdebstrap
+	qemu-system-x86 qemu-utils cryptsetup-bin erofs-utils e2fsprogs nftables busybox-static mmdebstrap shellcheck
 FUZZTIME ?= 20s
 
 # sudo and cron often know no PATH to a Go that is not Debian's.
@@ -16,20 +16,20 @@ endif
 CGO_BUILD := GOFLAGS= GOOS=linux GOARCH=amd64 GOAMD64=v1 $(GO) build -trimpath -buildvcs=false
 BUILD := CGO_ENABLED=0 $(CGO_BUILD)
 LDFLAGS := -s -w -buildid=
-MAINS := $(addprefix bin/,hostbuild init agent kbs-client simplatform demo bench)
+MAINS := $(addprefix bin/,hostbuild init agent snpguest kbs-client simplatform demo bench)
 GUEST := $(addprefix bin/,containerd containerd-shim-runc-v2 runc)
 BASES := build/base/snp/base.json build/base/simulated/base.json
 SOURCES := go.mod go.sum $(shell find agent cmd hostbuild images initramfs internal kbsclient test -type f ! -name '*_test.go' ! -path '*/testdata/*')
 
 PREFIX ?= /usr/local
 
-.PHONY: all deps base install test test-e2e bench demo regorus fuzz lint clean
+.PHONY: all deps base install test test-e2e test-oracles bench demo regorus fuzz lint clean test-nvflare
 .DELETE_ON_ERROR:
 
-all: $(MAINS) $(GUEST) bin/init-simulated bin/agent-simulated bin/cvm_build bin/demo-workload bin/bench-idle bin/gpu-helper
+all: $(MAINS) $(GUEST) bin/init-simulated bin/agent-simulated bin/snpguest-simulated bin/cvm_build bin/demo-workload bin/bench-idle bin/gpu-helper
 
 $(MAINS) &: $(SOURCES)
-	$(BUILD) -ldflags "$(LDFLAGS)" -o bin/ ./cmd/hostbuild ./cmd/init ./cmd/agent ./cmd/kbs-client ./test/simplatform ./test/demo ./test/bench
+	$(BUILD) -ldflags "$(LDFLAGS)" -o bin/ ./cmd/hostbuild ./cmd/init ./cmd/agent ./cmd/snpguest ./cmd/kbs-client ./test/simplatform ./test/demo ./test/bench
 	@touch $(MAINS)
 bin/%-simulated: $(SOURCES)
 	$(BUILD) -tags simulated -ldflags "$(LDFLAGS)" -o $@ ./cmd/$*
@@ -61,7 +61,7 @@ deps:
 # The packages of a base stay those of its first build until `make clean`;
 # both bases are made of the same.
 base: $(BASES)
-build/base/%/base.json: bin/hostbuild bin/init bin/agent bin/init-simulated bin/agent-simulated $(GUEST) | deps
+build/base/%/base.json: bin/hostbuild bin/init bin/agent bin/snpguest bin/init-simulated bin/agent-simulated bin/snpguest-simulated $(GUEST) | deps
 	bin/hostbuild base build --platform $* --programs bin --out build/base/$* --cache build/cache \
 	$$(ls build/base/*/base.lock 2>/dev/null | head -n 1 | sed 's/^/--locked /')
 build/base/simulated/base.json: build/base/snp/base.json
@@ -72,10 +72,25 @@ install: bin/hostbuild bin/kbs-client
 
 # Units first; then the scenarios alone, since they time what QEMU does.
 test: all base deps
-	COFFER_TEST_OVMF=$(CURDIR)/build/base/snp/OVMF.amdsev.fd $(GO) test $$($(GO) list ./... | grep -v -e /test/scenarios -e /test/e2e)
+	COFFER_TEST_OVMF=$(CURDIR)/build/base/snp/OVMF.amdsev.fd $(GO) test $$($(GO) list ./... | grep -v -e /test/scenarios -e /test/e2e -e /test/nvflare)
 	$(GO) test -count=1 -timeout 40m -v ./test/scenarios
 test-e2e: all base deps
 	$(GO) test -count=1 -timeout 30m -v ./test/e2e
+# What others compute of the same inputs: sev-snp-measure of PyPI, in build/oracles.
+test-oracles:
+	@test -x build/oracles/bin/sev-snp-measure || { python3 -m venv build/oracles && build/oracles/bin/pip install -q sev-snp-measure==0.0.13; } || \
+	{ echo "test-oracles: SKIPPED: no python3 with venv and pip, or no package index"; exit 0; }; \
+	PATH=$(CURDIR)/build/oracles/bin:$$PATH COFFER_TEST_OVMF=$(wildcard $(CURDIR)/build/base/snp/OVMF.amdsev.fd) \
+	$(GO) test -count=1 -v -run Oracle ./internal/measure ./internal/snp/idblock
+# The real NVFlare from PyPI calls our cvm_build.
+NVFLARE := 2.9.0 2.7.3
+test-nvflare: DEPS += $(shell python3 -c 'import ensurepip' 2>/dev/null || echo python3-venv)
+test-nvflare: all base deps $(NVFLARE:%=build/nvflare/%/installed)
+	$(GO) test -count=1 -timeout 20m -v ./test/nvflare
+build/nvflare/%/installed: | deps
+	python3 -m venv --clear $(@D)
+	$(@D)/bin/pip install -q nvflare==$*
+	@touch $@
 bench: all base deps
 	bin/bench
 demo: all base deps

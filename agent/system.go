@@ -222,15 +222,14 @@ func newKBS(cfg guestconfig.KBS, dial Dial) (KBS, error) {
 	return kbs{c}, nil
 }
 
-func (k kbs) Canary(ctx context.Context, a kbsclient.Attester, path string) error {
+func (k kbs) Fetch(ctx context.Context, a kbsclient.Attester, path string) ([]byte, string, error) {
 	s, err := k.client.Attest(ctx, a)
 	if err != nil {
-		return err
+		return nil, "", err
 	}
 	defer s.Close()
 	resource, err := s.Resource(ctx, path)
-	clear(resource)
-	return err
+	return resource, s.Token(), err
 }
 
 // stopRequests tells of the first wish that the machine should stop: a signal,

@@ -19,6 +19,7 @@ type verifier struct {
 	net    *network
 	source evidence.Source
 	canary string
+	token  string // of the last round that passed; the loop's alone
 }
 
 // round is one attestation. A KBS's /attest accepts evidence that its policy
@@ -28,12 +29,29 @@ func (v *verifier) round(ctx context.Context) error {
 	if err := v.net.findKBS(ctx); err != nil {
 		return err
 	}
-	err := v.kbs.Canary(ctx, attester{v.source}, v.canary)
+	err := v.fetchCanary(ctx)
 	// A KBS that restarts in the middle of a handshake refuses it: one more.
 	if errors.Is(err, kbsclient.ErrAttestationRefused) || errors.Is(err, kbsclient.ErrTokenNotFound) || errors.Is(err, kbsclient.ErrTokenInvalid) {
-		err = v.kbs.Canary(ctx, attester{v.source}, v.canary)
+		err = v.fetchCanary(ctx)
 	}
 	return err
+}
+
+func (v *verifier) fetchCanary(ctx context.Context) error {
+	resource, token, err := v.kbs.Fetch(ctx, attester{v.source}, v.canary)
+	clear(resource)
+	if err == nil {
+		v.token = token
+	}
+	return err
+}
+
+// Fetch is for the workload's API.
+func (v *verifier) Fetch(ctx context.Context, path string) ([]byte, string, error) {
+	if err := v.net.findKBS(ctx); err != nil {
+		return nil, "", err
+	}
+	return v.kbs.Fetch(ctx, attester{v.source}, path)
 }
 
 // errPlatform marks what the platform, not the KBS, has failed at.
@@ -128,5 +146,6 @@ func (a *agent) report(r attest.Result) {
 	})
 	if err == nil {
 		a.logs.attestation.Write(append(b, '\n'))
+		a.services.api.SetRound(b, r.Verdict == attest.Pass, a.verifier.token)
 	}
 }

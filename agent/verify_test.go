@@ -64,9 +64,9 @@ type countingKBS struct {
 	n int
 }
 
-func (k *countingKBS) Canary(ctx context.Context, a kbsclient.Attester, path string) error {
+func (k *countingKBS) Fetch(ctx context.Context, a kbsclient.Attester, path string) ([]byte, string, error) {
 	k.n++
-	return k.f(k.n, a)
+	return nil, "", k.f(k.n, a)
 }
 
 // source fails its first requests.

@@ -28,6 +28,7 @@ import (
 	"cmp"
 	"context"
 	"crypto/rand"
+	"crypto/tls"
 	"crypto/x509"
 	"encoding/pem"
 	"errors"
@@ -95,7 +96,8 @@ type Client struct {
 	roots     *x509.CertPool
 	pinned    []*x509.Certificate
 	transport *http.Transport
-	backoff   time.Duration // before the first retry; doubled for the second
+	backoff   time.Duration          // before the first retry; doubled for the second
+	resumable tls.ClientSessionCache // of sessions that these very roots verified
 }
 
 // New checks cfg and makes a client. It opens no connection.
@@ -143,6 +145,7 @@ func New(cfg Config) (*Client, error) {
 			c.roots.AddCert(cert)
 		}
 	}
+	c.resumable = tls.NewLRUClientSessionCache(4)
 	c.transport = &http.Transport{
 		DialContext:            c.dial,
 		DialTLSContext:         c.dialTLS,
@@ -153,6 +156,9 @@ func New(cfg Config) (*Client, error) {
 	}
 	return c, nil
 }
+
+// CloseIdle closes the connections that are kept for a next call.
+func (c *Client) CloseIdle() { c.transport.CloseIdleConnections() }
 
 func parseCertificates(text []byte) ([]*x509.Certificate, error) {
 	var certs []*x509.Certificate

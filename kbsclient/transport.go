@@ -37,6 +37,8 @@ func (c *Client) dialTLS(ctx context.Context, network, addr string) (net.Conn, e
 		ServerName: host,
 		RootCAs:    c.roots,
 		Time:       c.cfg.Now,
+		// A second connection then costs no certificate check.
+		ClientSessionCache: c.resumable,
 	})
 	ctx, cancel := context.WithTimeout(ctx, c.cfg.CallTimeout)
 	defer cancel()

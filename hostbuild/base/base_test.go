@@ -3,12 +3,14 @@ package base
 import (
 	"archive/tar"
 	"bytes"
+	"compress/gzip"
 	"debug/elf"
 	"encoding/binary"
 	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -19,6 +21,7 @@ import (
 	"coffer/images"
 	"coffer/initramfs"
 	"coffer/initramfs/modules"
+	"coffer/internal/measure"
 	"coffer/internal/testenv"
 
 	"github.com/klauspost/compress/zstd"
@@ -84,6 +87,34 @@ func goProgram(t *testing.T, tags string) string {
 	return program
 }
 
+// firmware is the small one of package measure's vectors.
+func firmware(t *testing.T) string {
+	t.Helper()
+	text, err := os.ReadFile("../../internal/measure/testdata/vectors.json")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var v struct {
+		Inputs struct {
+			Synthetic struct {
+				OVMF []byte `json:"ovmf_base64_gz"`
+			}
+		}
+	}
+	if err := json.Unmarshal(text, &v); err != nil {
+		t.Fatal(err)
+	}
+	z, err := gzip.NewReader(bytes.NewReader(v.Inputs.Synthetic.OVMF))
+	if err != nil {
+		t.Fatal(err)
+	}
+	image, err := io.ReadAll(z)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return string(image)
+}
+
 // params is a base of made-up packages that lie in the cache, so that no
 // network is needed.
 func params(t *testing.T) Params {
@@ -104,7 +135,7 @@ func params(t *testing.T) Params {
 	}
 	l := lock{Version: manifestVersion, Packages: []Package{
 		deb(t, cache, roleKernel, "linux-image-test", kernel),
-		deb(t, cache, roleFirmware, "ovmf-amdsev", map[string]string{image.Firmware.File: "the firmware", "usr/share/ovmf/other.fd": "x"}),
+		deb(t, cache, roleFirmware, "ovmf-amdsev", map[string]string{image.Firmware.File: firmware(t), "usr/share/ovmf/other.fd": "x"}),
 		deb(t, cache, roleCA, "ca-certificates", map[string]string{
 			image.CA.File + "/B.crt": "cert B\n", image.CA.File + "/A.crt": "cert A", image.CA.File + "/README": "no"}),
 	}}
@@ -143,7 +174,7 @@ func TestBuild(t *testing.T) {
 	if b.Platform != PlatformSNP || b.KernelVersion != testKernel || b.Image != "cpu" {
 		t.Errorf("platform %q, kernel %q, image %q", b.Platform, b.KernelVersion, b.Image)
 	}
-	for path, want := range map[string]string{b.Kernel: "the kernel", b.OVMF: "the firmware", b.CACerts: "cert A\ncert B\n"} {
+	for path, want := range map[string]string{b.Kernel: "the kernel", b.OVMF: firmware(t), b.CACerts: "cert A\ncert B\n"} {
 		if got, err := os.ReadFile(path); err != nil || string(got) != want {
 			t.Errorf("%s: %q, %v; want %q", path, got, err, want)
 		}
@@ -172,6 +203,46 @@ func TestBuild(t *testing.T) {
 	}
 	if left, _ := os.ReadDir(filepath.Dir(b.Dir)); len(left) != 1 {
 		t.Errorf("beside the base there is more: %v", left)
+	}
+}
+
+// The firmware may be a file. It must check kernel, initrd and command line,
+// wherever it comes from.
+func TestFirmware(t *testing.T) {
+	p := params(t)
+	fit := filepath.Join(t.TempDir(), "fit.fd")
+	other := []byte(firmware(t))
+	other[0] ^= 1
+	plain := bytes.Replace(other, []byte{0x1f, 0x37, 0x55, 0x72}, make([]byte, 4), 1) // the start of the hash table's GUID
+	unfit := filepath.Join(t.TempDir(), "OVMF.fd")
+	if err := errors.Join(os.WriteFile(fit, other, 0o644), os.WriteFile(unfit, plain, 0o644)); err != nil {
+		t.Fatal(err)
+	}
+	p.OVMF = fit
+	b := build1(t, p)
+	if got, err := os.ReadFile(b.OVMF); err != nil || !bytes.Equal(got, other) || len(b.Packages) != 2 {
+		t.Errorf("%d bytes, %v, packages %v", len(got), err, b.Packages)
+	}
+	p.OVMF, p.Out = unfit, filepath.Join(t.TempDir(), "x")
+	if _, err := Build(t.Context(), p); !errors.Is(err, measure.ErrNoKernelHashes) || !strings.Contains(err.Error(), unfit) {
+		t.Errorf("unfit file: %v", err)
+	}
+	p.OVMF = ""
+	pkg := deb(t, p.Cache, roleFirmware, "ovmf-amdsev", map[string]string{"usr/share/ovmf/OVMF.amdsev.fd": string(plain)})
+	l, err := readLock(p.Locked)
+	if err != nil {
+		t.Fatal(err)
+	}
+	l[roleFirmware] = pkg
+	data, err := encode(lock{Version: manifestVersion, Packages: slices.Collect(maps.Values(l))})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(p.Locked, data, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Build(t.Context(), p); !errors.Is(err, measure.ErrNoKernelHashes) || !strings.Contains(err.Error(), "usr/share/ovmf/OVMF.amdsev.fd of ") {
+		t.Errorf("unfit package: %v", err)
 	}
 }
 
@@ -262,7 +333,7 @@ func TestSimulatedProgramsStayOutOfProduction(t *testing.T) {
 		func(p *Params) { p.Programs["agent"] = program },
 	} {
 		p := p
-		p.Programs = map[string]string{"agent": p.Init, "containerd": p.Init, "containerd-shim-runc-v2": p.Init, "runc": p.Init}
+		p.Programs = map[string]string{"agent": p.Init, "snpguest": p.Init, "containerd": p.Init, "containerd-shim-runc-v2": p.Init, "runc": p.Init}
 		change(&p)
 		if _, err := Build(t.Context(), p); err == nil || !strings.Contains(err.Error(), "must not get into a base for platform snp") {
 			t.Errorf("got %v", err)

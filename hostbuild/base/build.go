@@ -14,6 +14,7 @@ import (
 
 	"coffer/images"
 	"coffer/initramfs"
+	"coffer/internal/measure"
 )
 
 // Roles of packages, in the order in which manifest and lock name them.
@@ -33,7 +34,11 @@ type Params struct {
 	Image    string // name in package images; "" means "cpu"
 
 	Init     string            // program that becomes /init
-	Programs map[string]string // name in bin/, such as "agent", to program; agent, containerd, containerd-shim-runc-v2 and runc at least
+	Programs map[string]string // name in bin/, such as "agent", to program; agent, snpguest, containerd, containerd-shim-runc-v2 and runc at least
+
+	// OVMF is a firmware file to take in place of the image's package. Where it is
+	// empty and the package cannot be had, InstalledOVMF is taken if it is there.
+	OVMF string
 
 	Cache  string // folder that keeps downloaded packages by their SHA-256
 	Mirror Mirror // what is empty is found out from the machine
@@ -41,6 +46,9 @@ type Params struct {
 	// Log gets one line of progress at a time. It may be nil.
 	Log func(format string, args ...any)
 }
+
+// InstalledOVMF is where Debian's package ovmf-amdsev puts the firmware.
+const InstalledOVMF = "/usr/share/ovmf/OVMF.amdsev.fd"
 
 // lock is base.lock.
 type lock struct {
@@ -94,7 +102,7 @@ func build(ctx context.Context, p Params, image *images.Image) (*Base, error) {
 	if err := checkProgram(p.Init, p.Platform); err != nil {
 		return nil, err
 	}
-	packages, debs, err := fetch(ctx, p, image)
+	packages, debs, err := fetch(ctx, &p, image)
 	if err != nil {
 		return nil, err
 	}
@@ -142,7 +150,12 @@ func build(ctx context.Context, p Params, image *images.Image) (*Base, error) {
 	if err != nil {
 		return nil, err
 	}
-	firmware, err := readFile(ctx, debs[roleFirmware], image.Firmware.File)
+	var firmware []byte
+	if deb := debs[roleFirmware]; deb == "" {
+		firmware, err = measure.ReadOVMF(p.OVMF)
+	} else if firmware, err = readFile(ctx, deb, image.Firmware.File); err == nil {
+		err = measure.CheckOVMF(image.Firmware.File+" of "+filepath.Base(deb), firmware)
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -207,8 +220,9 @@ func checkProgram(program, platform string) error {
 }
 
 // fetch brings the image's packages into the cache. It returns them in the
-// order of their roles, and where each lies by its role.
-func fetch(ctx context.Context, p Params, image *images.Image) (packages []Package, debs map[string]string, err error) {
+// order of their roles, and where each lies by its role. There is no package of
+// the firmware where p.OVMF is set, which it may come to be.
+func fetch(ctx context.Context, p *Params, image *images.Image) (packages []Package, debs map[string]string, err error) {
 	store := filepath.Join(p.Cache, "packages")
 	if err := os.MkdirAll(store, 0o755); err != nil {
 		return nil, nil, err
@@ -221,18 +235,9 @@ func fetch(ctx context.Context, p Params, image *images.Image) (packages []Packa
 		return nil, nil, err
 	}
 	defer os.RemoveAll(work)
-	a := &apt{dir: work, log: p.Log, suites: map[string]suite{}}
-	connect := func() error {
-		if a.mirror.Main == "" {
-			a.mirror, err = findMirror(ctx, p.Mirror)
-			return err
-		}
-		return nil
-	}
-
-	var locked map[string]Package
+	f := &fetcher{apt: &apt{dir: work, log: p.Log, suites: map[string]suite{}}, p: p, store: store}
 	if p.Locked != "" {
-		if locked, err = readLock(p.Locked); err != nil {
+		if f.locked, err = readLock(p.Locked); err != nil {
 			return nil, nil, err
 		}
 	}
@@ -241,34 +246,69 @@ func fetch(ctx context.Context, p Params, image *images.Image) (packages []Packa
 		role string
 		images.Package
 	}{{roleKernel, image.Kernel}, {roleFirmware, image.Firmware}, {roleCA, image.CA}} {
-		pkg, ok := locked[want.role]
-		if p.Locked != "" && !ok {
-			return nil, nil, fmt.Errorf("%s names no package for %s", p.Locked, want.role)
+		if want.role == roleFirmware && p.OVMF != "" {
+			continue
 		}
-		if !ok {
-			if err := connect(); err != nil {
-				return nil, nil, err
-			}
-			if pkg, err = a.newest(ctx, want.role, want.Package); err != nil {
-				return nil, nil, err
+		pkg, deb, err := f.fetch(ctx, want.role, want.Package)
+		if err != nil && want.role == roleFirmware && p.Locked == "" && ctx.Err() == nil {
+			if _, missing := os.Stat(InstalledOVMF); missing == nil {
+				p.Log("the firmware's package cannot be had (%v): taking %s", err, InstalledOVMF)
+				p.OVMF = InstalledOVMF
+				continue
 			}
 		}
-		deb := filepath.Join(store, pkg.SHA256+".deb")
-		if sum, _, err := digestFile(deb); err != nil || sum != pkg.SHA256 {
-			if err := connect(); err != nil {
-				return nil, nil, err
-			}
-			if err := a.download(ctx, pkg, deb); err != nil {
-				if p.Locked != "" {
-					err = fmt.Errorf("%w: %s: %w", ErrLocked, p.Locked, err)
-				}
-				return nil, nil, err
-			}
+		if err != nil {
+			return nil, nil, err
 		}
 		debs[want.role] = deb
 		packages = append(packages, pkg)
 	}
 	return packages, debs, nil
+}
+
+// fetcher brings packages into the store, and asks apt only for what is not there.
+type fetcher struct {
+	apt    *apt
+	p      *Params
+	store  string
+	locked map[string]Package // by role; nil: the newest
+}
+
+func (f *fetcher) connect(ctx context.Context) (err error) {
+	if f.apt.mirror.Main == "" {
+		f.apt.mirror, err = findMirror(ctx, f.p.Mirror)
+	}
+	return err
+}
+
+// fetch returns the package of one role and where it lies.
+func (f *fetcher) fetch(ctx context.Context, role string, want images.Package) (pkg Package, deb string, err error) {
+	pkg, ok := f.locked[role]
+	if f.p.Locked != "" && !ok {
+		return pkg, "", fmt.Errorf("%s names no package for %s", f.p.Locked, role)
+	}
+	if !ok {
+		if err := f.connect(ctx); err != nil {
+			return pkg, "", err
+		}
+		if pkg, err = f.apt.newest(ctx, role, want); err != nil {
+			return pkg, "", err
+		}
+	}
+	deb = filepath.Join(f.store, pkg.SHA256+".deb")
+	if sum, _, err := digestFile(deb); err == nil && sum == pkg.SHA256 {
+		return pkg, deb, nil
+	}
+	if err := f.connect(ctx); err != nil {
+		return pkg, "", err
+	}
+	if err := f.apt.download(ctx, pkg, deb); err != nil {
+		if f.p.Locked != "" {
+			err = fmt.Errorf("%w: %s: %w", ErrLocked, f.p.Locked, err)
+		}
+		return pkg, "", err
+	}
+	return pkg, deb, nil
 }
 
 func readLock(name string) (map[string]Package, error) {

@@ -28,7 +28,7 @@ them with the guest's programs. A base is made once and used for many bundles.`,
 				suffix = "-simulated"
 			}
 			p.Init = filepath.Join(programs, "init"+suffix)
-			p.Programs = map[string]string{"agent": filepath.Join(programs, "agent"+suffix)}
+			p.Programs = map[string]string{"agent": filepath.Join(programs, "agent"+suffix), "snpguest": filepath.Join(programs, "snpguest"+suffix)}
 			for _, name := range []string{"containerd", "containerd-shim-runc-v2", "runc"} {
 				p.Programs[name] = filepath.Join(programs, name)
 			}
@@ -56,6 +56,7 @@ them with the guest's programs. A base is made once and used for many bundles.`,
 	f.StringVar(&p.Out, "out", "", "folder to make")
 	f.StringVar(&p.Platform, "platform", base.PlatformSNP, "snp, or simulated for tests")
 	f.StringVar(&programs, "programs", "bin", "folder of the built guest programs")
+	f.StringVar(&p.OVMF, "ovmf", "", "a firmware file in place of Debian's ovmf-amdsev (which is fallen back on where it is installed and no archive has it)")
 	f.StringVar(&p.Cache, "cache", "", "folder that keeps downloaded packages (default: the user's cache folder)")
 	f.StringVar(&p.Mirror.Main, "mirror", "", "address of a Debian archive (default: the one of this machine's apt sources)")
 	f.StringVar(&p.Mirror.Security, "security-mirror", "", "address of the Debian security archive")

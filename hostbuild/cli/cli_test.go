@@ -162,7 +162,7 @@ func setup(e *testscript.Env, base string) error {
 // fakeBase is a guest base with a firmware that can be measured, and nothing that runs.
 func fakeBase(t *testing.T) string {
 	t.Helper()
-	raw, err := os.ReadFile("../measure/testdata/vectors.json")
+	raw, err := os.ReadFile("../../internal/measure/testdata/vectors.json")
 	if err != nil {
 		t.Fatal(err)
 	}

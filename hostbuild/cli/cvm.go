@@ -10,10 +10,12 @@ import (
 
 	"coffer/hostbuild/config"
 	"coffer/hostbuild/cvm"
+	"coffer/hostbuild/yamlcheck"
 )
 
 func (a *App) cvm() *cobra.Command {
 	var sample bool
+	var idKey string
 	c := &cobra.Command{
 		Use:   "cvm CONFIG.yaml",
 		Short: "Build a bundle and register it at the KBS",
@@ -41,6 +43,11 @@ cvm_build, which is this verb under a name of its own.`,
 			if err != nil {
 				return err
 			}
+			if idKey != "" {
+				if s.IDKey, err = yamlcheck.Expand(idKey); err != nil {
+					return err
+				}
+			}
 			tee := "snp"
 			if sample {
 				tee = "sample"
@@ -66,6 +73,7 @@ cvm_build, which is this verb under a name of its own.`,
 		},
 	}
 	c.Flags().BoolVar(&sample, "sample", false, "attest with Trustee's `sample` evidence instead of reports; simulated base only")
+	c.Flags().StringVar(&idKey, "id-key", "", "PEM file of a P-384 key that signs an ID block for each launch digest (default: id_key of the settings)")
 	return c
 }
 

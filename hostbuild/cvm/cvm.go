@@ -79,6 +79,9 @@ func Build(ctx context.Context, p Params) (*Result, error) {
 	if err != nil {
 		return nil, err
 	}
+	if _, err := readIDKey(s.IDKey); err != nil {
+		return nil, err
+	}
 	reg, err := register.Open(s)
 	if err != nil {
 		return nil, err
@@ -153,6 +156,12 @@ func openBase(p Params) (*base.Base, error) {
 	}
 	if p.TEE == "sample" && b.Platform != guestconfig.PlatformSimulated {
 		return nil, fmt.Errorf("sample evidence works on the simulated platform alone, and the base %s is for %s", dir, b.Platform)
+	}
+	if p.Settings.OVMF != "" {
+		b.OVMF = p.Settings.OVMF
+	}
+	if _, err := measure.ReadOVMF(b.OVMF); err != nil {
+		return nil, err
 	}
 	return b, nil
 }
@@ -296,6 +305,7 @@ func guestConfig(p Params, id, ca string, b *base.Base, root *disk.Root, pinned 
 	c := p.Config
 	w := c.Workload
 	w.ImageName, w.ImageDigest = root.Image.Name, root.Image.Digest
+	w.Profile = c.WorkloadProfile()
 	return &guestconfig.Config{
 		Version: guestconfig.Version, CVMID: id, Platform: b.Platform, TEE: p.TEE, BuildTime: p.Now.Unix(),
 		KBS: guestconfig.KBS{URL: p.Settings.KBSGuestURL, CA: ca, KeyPath: keyPath(id), CanaryPath: canaryPath(id)},
@@ -303,7 +313,7 @@ func guestConfig(p Params, id, ca string, b *base.Base, root *disk.Root, pinned 
 			Serial: "crypt_root", HeaderSHA256: root.HeaderSHA256, DataOffset: root.DataOffset, PayloadSize: root.PayloadSize,
 			Verity: root.Verity, Scratch: root.Scratch,
 		},
-		Network: c.Network, Attestation: c.Attestation, Workload: w, UserConfig: pinned,
+		Network: c.Network, Attestation: c.Attestation, Workload: w, UserConfig: pinned, Peers: c.Peers, API: c.API,
 	}
 }
 
@@ -344,9 +354,13 @@ func assemble(a *bundle.Archive, cryptRoot bundle.File, dir string, gc *guestcon
 	if m.LaunchDigests, err = predict(m, b.OVMF, p.Config.CPUModels, p.Config.VCPUs); err != nil {
 		return nil, err
 	}
+	blocks, err := signShapes(m, p.Settings.IDKey)
+	if err != nil {
+		return nil, err
+	}
 	script, err := bundle.LaunchScript(bundle.Launch{
 		CVMID: gc.CVMID, Platform: gc.Platform, CPUModels: p.Config.CPUModels, VCPUs: p.Config.VCPUs, MemoryMiB: p.Config.MemoryMiB,
-		Cmdline: m.Cmdline, Ports: gc.Network.AllowedPorts, Files: m.Files,
+		Cmdline: m.Cmdline, Ports: gc.Network.AllowedPorts, Files: m.Files, IDBlocks: blocks,
 	})
 	if err != nil {
 		return nil, err

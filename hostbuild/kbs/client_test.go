@@ -143,8 +143,8 @@ func must(b []byte, err error) []byte {
 	return b
 }
 
-// BenchmarkKeyRelease is a whole handshake with an SNP report, a key's release
-// and its decryption, over a kept TLS connection.
+// BenchmarkKeyRelease is a whole handshake, a key's release and its decryption,
+// over a kept TLS connection and over a new one for each call.
 func BenchmarkKeyRelease(b *testing.B) {
 	chip, err := simsnp.New(simsnp.Params{})
 	if err != nil {
@@ -152,23 +152,58 @@ func BenchmarkKeyRelease(b *testing.B) {
 	}
 	r := newRig(b, Options{AllowSimulated: true, SimulatedRoots: chip.RootsPEM()})
 	r.mustAdmin("POST", "/kbs/v0/resource/"+keyPath, []byte(secret))
-	r.setPolicy(rules(b, policy.Rule{CVMID: "one", Paths: []string{keyPath}, Digests: [][48]byte{measurement}, Simulated: true}))
+	r.mustAdmin("POST", "/kbs/v0/resource/keys/root/smp", []byte(secret))
+	r.setPolicy(rules(b, policy.Rule{CVMID: "one", Paths: []string{keyPath}, Digests: [][48]byte{measurement}, Simulated: true},
+		policy.Rule{CVMID: "smp", Paths: []string{"keys/root/smp"}, TEE: policy.TEESample}))
 	ca, err := os.ReadFile(filepath.Join(r.dir, caCertFile))
 	if err != nil {
 		b.Fatal(err)
 	}
-	client, err := kbsclient.New(kbsclient.Config{URL: r.url, RootCAs: ca})
-	if err != nil {
-		b.Fatal(err)
+	for _, m := range []struct {
+		name, path string
+		a          attester
+		kept       bool
+	}{
+		{"sample/kept", "keys/root/smp", attester{}, true}, {"sample/new", "keys/root/smp", attester{}, false},
+		{"snp/kept", keyPath, attester{chip, measurement}, true}, {"snp/new", keyPath, attester{chip, measurement}, false},
+	} {
+		b.Run(m.name, func(b *testing.B) {
+			client, err := kbsclient.New(kbsclient.Config{URL: r.url, RootCAs: ca})
+			if err != nil {
+				b.Fatal(err)
+			}
+			defer client.CloseIdle()
+			var a kbsclient.Attester = m.a
+			if !m.kept {
+				a = closing{m.a, client}
+			}
+			for b.Loop() {
+				s, err := client.Attest(b.Context(), a)
+				if err != nil {
+					b.Fatal(err)
+				}
+				if !m.kept {
+					client.CloseIdle()
+				}
+				if _, err := s.Resource(b.Context(), m.path); err != nil {
+					b.Fatal(err)
+				}
+				s.Close()
+				if !m.kept {
+					client.CloseIdle()
+				}
+			}
+		})
 	}
-	for b.Loop() {
-		s, err := client.Attest(b.Context(), attester{chip, measurement})
-		if err != nil {
-			b.Fatal(err)
-		}
-		if _, err := s.Resource(b.Context(), keyPath); err != nil {
-			b.Fatal(err)
-		}
-		s.Close()
-	}
+}
+
+// closing ends the client's connection between its first call and its second.
+type closing struct {
+	attester
+	c *kbsclient.Client
+}
+
+func (c closing) Evidence(ctx context.Context, digest [48]byte) (json.RawMessage, error) {
+	c.c.CloseIdle()
+	return c.attester.Evidence(ctx, digest)
 }

@@ -294,7 +294,11 @@ func (s *Server) attestSession(c *call) (*session, string, error) {
 	if err != nil {
 		return nil, "", err
 	}
-	sess.token, sess.facts = token, f
+	claims, err := claimsIn(strings.Split(token, ".")[1]) // of our own making
+	if err != nil {
+		return nil, "", err
+	}
+	sess.token, sess.claims, sess.facts = token, claims, f
 	s.sessions.keep(sess)
 	return sess, token, nil
 }
@@ -308,23 +312,24 @@ var (
 // tokenOf returns the verified claims that the request stands on: those of its
 // session, else of its bearer token.
 func (s *Server) tokenOf(c *call) (map[string]any, reply, error) {
-	token := ""
+	var claims map[string]any
 	if sess := s.sessionOf(c); sess != nil {
-		token, c.facts = sess.attested()
+		claims, c.facts = sess.attested()
 	}
-	if token == "" {
-		var err error
-		if token, err = bearer(c.Header.Get("Authorization")); err != nil {
-			return nil, fail("TokenNotFound", "Attestation Token not found"), errTokenNotFound
+	if claims != nil { // verified when the session got it
+		if err := notExpired(claims, s.now()); err != nil {
+			return nil, fail("TokenVerifierError", "Token Verifier error"), err
 		}
+		return claims, reply{}, nil
 	}
-	claims, err := s.tokens.verify(token, s.now())
+	token, err := bearer(c.Header.Get("Authorization"))
 	if err != nil {
+		return nil, fail("TokenNotFound", "Attestation Token not found"), errTokenNotFound
+	}
+	if claims, err = s.tokens.verify(token, s.now()); err != nil {
 		return nil, fail("TokenVerifierError", "Token Verifier error"), err
 	}
-	if c.facts.tee == "" {
-		c.facts = factsOf(claims)
-	}
+	c.facts = factsOf(claims)
 	return claims, reply{}, nil
 }
 

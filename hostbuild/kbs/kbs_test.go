@@ -919,9 +919,18 @@ func TestSessionsAreBounded(t *testing.T) {
 	for range 10 {
 		last = ss.open("snp")
 	}
-	if len(ss.byID) != 3 || ss.get(kept.id) == nil || ss.get(last.id) == nil {
+	if len(ss.byID) != 4 || ss.get(kept.id) == nil || ss.get(last.id) == nil {
 		t.Errorf("%d sessions, attested one there %v, newest there %v", len(ss.byID), ss.get(kept.id) != nil, ss.get(last.id) != nil)
 	}
+	// Many attested sessions push out the oldest of their kind, not those that wait.
+	waits := ss.open("snp")
+	for range 5 {
+		ss.keep(ss.open("snp"))
+	}
+	if ss.attested.Len() != 3 || ss.get(kept.id) != nil || ss.get(waits.id) == nil {
+		t.Errorf("%d attested sessions, oldest there %v, waiting one there %v", ss.attested.Len(), ss.get(kept.id) != nil, ss.get(waits.id) != nil)
+	}
+	kept = waits
 	c.add(sessionLife)
 	if ss.get(kept.id) != nil {
 		t.Error("a session outlives its five minutes")

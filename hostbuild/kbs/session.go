@@ -14,7 +14,7 @@ import (
 const (
 	cookieName  = "kbs-session-id"
 	sessionLife = 5 * time.Minute
-	maxSessions = 10000
+	maxSessions = 10000 // of each kind: waiting and attested
 )
 
 // facts are what the audit says about a guest.
@@ -32,25 +32,26 @@ type session struct {
 	tee     string
 	expires time.Time
 
-	mu    sync.Mutex // held while evidence is verified
-	token string
-	facts facts
+	mu     sync.Mutex // held while evidence is verified
+	token  string
+	claims map[string]any // the token's, as a reader of it sees them; not changed any more
+	facts  facts
 }
 
 func (s *session) cookie() string {
 	return fmt.Sprintf("%s=%s; Expires=%s", cookieName, s.id, s.expires.UTC().Format(http.TimeFormat))
 }
 
-// attested returns the session's token, or "".
-func (s *session) attested() (string, facts) {
+// attested returns the claims of the session's token, or nil.
+func (s *session) attested() (map[string]any, facts) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.token, s.facts
+	return s.claims, s.facts
 }
 
-// sessions are the live sessions, at most maxSessions. Anyone can open one, so
-// a flood pushes out the oldest that are not attested, never the attested ones
-// before them.
+// sessions are the live sessions. Anyone can open one, so there is room for as
+// many that wait for their evidence, and for as many that are attested: neither
+// kind pushes out the other, and each loses its oldest.
 type sessions struct {
 	now func() time.Time
 	max int
@@ -82,12 +83,8 @@ func (ss *sessions) open(tee string) *session {
 			ss.drop(l, e)
 		}
 	}
-	for len(ss.byID) >= ss.max {
-		l := ss.waiting
-		if l.Len() == 0 {
-			l = ss.attested
-		}
-		ss.drop(l, l.Front())
+	for ss.waiting.Len() >= ss.max {
+		ss.drop(ss.waiting, ss.waiting.Front())
 	}
 	ss.byID[s.id] = ss.waiting.PushBack(s)
 	return s
@@ -119,6 +116,9 @@ func (ss *sessions) keep(s *session) {
 	defer ss.mu.Unlock()
 	if e, ok := ss.byID[s.id]; ok {
 		ss.waiting.Remove(e)
+		for ss.attested.Len() >= ss.max {
+			ss.drop(ss.attested, ss.attested.Front())
+		}
 		ss.byID[s.id] = ss.attested.PushBack(s)
 	}
 }

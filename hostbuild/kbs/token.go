@@ -141,25 +141,38 @@ func (s *signer) verify(token string, now time.Time) (map[string]any, error) {
 	if !ecdsa.Verify(&s.key.PublicKey, digest[:], new(big.Int).SetBytes(sig[:32]), new(big.Int).SetBytes(sig[32:])) {
 		return nil, errors.New("the signature is not this server's")
 	}
+	claims, err := claimsIn(body)
+	if err != nil {
+		return nil, err
+	}
+	if err := notExpired(claims, now); err != nil {
+		return nil, err
+	}
+	return claims, nil
+}
+
+// claimsIn reads the middle part of a token.
+func claimsIn(body string) (claims map[string]any, err error) {
 	b, err := b64.DecodeString(body)
 	if err != nil {
 		return nil, err
 	}
 	dec := json.NewDecoder(bytes.NewReader(b))
 	dec.UseNumber()
-	var claims map[string]any
-	if err := dec.Decode(&claims); err != nil {
-		return nil, err
-	}
+	err = dec.Decode(&claims)
+	return claims, err
+}
+
+func notExpired(claims map[string]any, now time.Time) error {
 	n, _ := claims["exp"].(json.Number)
 	exp, err := n.Int64()
 	if err != nil {
-		return nil, errors.New("the token has no exp")
+		return errors.New("the token has no exp")
 	}
 	if !now.Before(time.Unix(exp, 0).Add(tokenLeeway)) {
-		return nil, errors.New("the token has expired")
+		return errors.New("the token has expired")
 	}
-	return claims, nil
+	return nil
 }
 
 // evidenceOf returns the annotated evidence of a token's CPU.

@@ -35,6 +35,8 @@ type Settings struct {
 	MinTCB map[string]snp.TCB // what rules ask of a guest's firmware, by product
 
 	BaseDir   string // a guest base made by `hostbuild base build`
+	OVMF      string // a firmware in place of the base's, "" for the base's
+	IDKey     string // PEM file of the key that signs ID blocks, "" for none
 	OutputDir string // where bundles go
 	CacheDir  string // of converted layers
 	CacheSize int64  // bytes that it may have; 0: no cache
@@ -94,6 +96,7 @@ func Read(path string) (*Settings, error) {
 	s.MinTCB = minTCB(m)
 	m.Required("base_dir", "folder of a guest base, made by `hostbuild base build`")
 	s.BaseDir = m.Path("base_dir")
+	s.OVMF, s.IDKey = m.Path("ovmf"), m.Path("id_key")
 	if s.OutputDir = m.Path("output_dir"); s.OutputDir == "" {
 		if s.OutputDir, err = yamlcheck.Expand("~/.local/share/coffer/bundles"); err != nil {
 			return nil, fmt.Errorf("settings: output_dir is missing, and no home folder to fall back on: %w", err)

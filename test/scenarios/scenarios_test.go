@@ -133,11 +133,11 @@ type guest struct {
 	ctx context.Context
 }
 
-func boot(t *testing.T, b *harness.Bundle) *guest {
+func boot(t *testing.T, b *harness.Bundle, args ...string) *guest {
 	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), bootDeadline)
 	t.Cleanup(cancel)
-	vm, err := b.Boot()
+	vm, err := b.Boot(args...)
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -215,7 +215,7 @@ func TestScenarios(t *testing.T) {
 
 func goodBoot(t *testing.T, l *line) {
 	b := l.copyOf(t, l.a)
-	g := boot(t, b)
+	g := boot(t, b, "--stop-timeout", "120")
 	digest := g.expect(`launch_digest=([0-9a-f]{96})`)[1]
 	if want := manifest(t, b).LaunchDigests[0].Digest; digest != want {
 		t.Errorf("the chip reports %s, the manifest predicts %s", digest, want)
@@ -226,7 +226,9 @@ func goodBoot(t *testing.T, l *line) {
 	if _, _, err := l.kbs.Log.Expect(g.ctx, 0, `verdict=released.*`+"keys/root/"+l.a.ID+`.*`+digest); err != nil {
 		t.Errorf("KBS: %v", err)
 	}
-	g.Kill()
+	g.Stop() // as Ctrl-C does
+	g.expect(`coffer: power off reason="power button"`)
+	g.off()
 }
 
 func initrdByteChanged(t *testing.T, l *line) {

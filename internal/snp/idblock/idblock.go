@@ -11,11 +11,12 @@
 package idblock
 
 import (
+	"crypto"
 	"crypto/ecdsa"
 	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/sha512"
 	"crypto/x509"
+	"encoding/asn1"
 	"encoding/binary"
 	"encoding/pem"
 	"errors"
@@ -63,7 +64,7 @@ func (b Block) Marshal() []byte {
 }
 
 // Sign returns the block and its authentication of AuthSize bytes, without an
-// author key.
+// author key. The same block and key give the same bytes (RFC 6979).
 func Sign(b Block, key *ecdsa.PrivateKey) (block, auth []byte, err error) {
 	id, err := publicKey(&key.PublicKey)
 	if err != nil {
@@ -71,15 +72,19 @@ func Sign(b Block, key *ecdsa.PrivateKey) (block, auth []byte, err error) {
 	}
 	block = b.Marshal()
 	digest := sha512.Sum384(block)
-	r, s, err := ecdsa.Sign(rand.Reader, key, digest[:])
+	der, err := key.Sign(nil, digest[:], crypto.SHA384)
 	if err != nil {
+		return nil, nil, fmt.Errorf("sign the ID block: %w", err)
+	}
+	var sig struct{ R, S *big.Int }
+	if _, err := asn1.Unmarshal(der, &sig); err != nil {
 		return nil, nil, fmt.Errorf("sign the ID block: %w", err)
 	}
 	auth = make([]byte, AuthSize)
 	binary.LittleEndian.PutUint32(auth, algoECDSAP384)
 	binary.LittleEndian.PutUint32(auth[4:], algoECDSAP384) // of an author key, which there is none of
-	putLittleEndian(auth[offsetBlockSig:], r)
-	putLittleEndian(auth[offsetBlockSig+fieldSize:], s)
+	putLittleEndian(auth[offsetBlockSig:], sig.R)
+	putLittleEndian(auth[offsetBlockSig+fieldSize:], sig.S)
 	copy(auth[offsetIDKey:], id)
 	return block, auth, nil
 }

@@ -68,6 +68,9 @@ func TestSign(t *testing.T) {
 	if !bytes.Equal(auth[0x680:], make([]byte, AuthSize-0x680)) {
 		t.Error("there is an author key")
 	}
+	if _, again, err := Sign(b, key); err != nil || !bytes.Equal(auth, again) {
+		t.Error("a second signature differs")
+	}
 	if _, _, err := Sign(b, newKey(t, elliptic.P256())); !errors.Is(err, ErrKey) {
 		t.Errorf("P-256: %v", err)
 	}
