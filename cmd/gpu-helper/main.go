@@ -167,8 +167,8 @@ func each(lib nvml.Interface, do func(i int, d helper.Device, dev nvml.Device) e
 	if err := check("nvmlDeviceGetCount", ret); err != nil {
 		return err
 	}
-	if n > helper.MaxDevices {
-		return &helper.Problem{Call: "nvmlDeviceGetCount", Text: fmt.Sprintf("%d GPUs are more than %d", n, helper.MaxDevices)}
+	if n > gpu.MaxDevices {
+		return &helper.Problem{Call: "nvmlDeviceGetCount", Text: fmt.Sprintf("%d GPUs are more than %d", n, gpu.MaxDevices)}
 	}
 	for i := range n {
 		dev, ret := lib.DeviceGetHandleByIndex(i)

@@ -30,9 +30,6 @@ import (
 // MaxAnswer bounds an answer: the evidence of 16 GPUs.
 const MaxAnswer = 512 << 10
 
-// MaxDevices is the number of GPUs that are asked at most.
-const MaxDevices = 16
-
 // Operations of a Request.
 const (
 	OpSettings    = "settings"    // Answer.Settings
@@ -135,7 +132,7 @@ func (h *Helper) Settings(ctx context.Context) (gpu.Settings, error) {
 
 // Devices returns the GPUs.
 func (h *Helper) Devices(ctx context.Context) ([]Device, error) {
-	a, err := h.do(ctx, Request{Op: OpDevices}, func(a *Answer) bool { return len(a.Devices) <= MaxDevices })
+	a, err := h.do(ctx, Request{Op: OpDevices}, func(a *Answer) bool { return len(a.Devices) <= gpu.MaxDevices })
 	if err != nil {
 		return nil, err
 	}
@@ -145,7 +142,7 @@ func (h *Helper) Devices(ctx context.Context) ([]Device, error) {
 // Collect asks every GPU for a report over nonce.
 func (h *Helper) Collect(ctx context.Context, nonce [32]byte) ([]gpu.Evidence, error) {
 	a, err := h.do(ctx, Request{Op: OpCollect, Nonce: hex.EncodeToString(nonce[:])}, func(a *Answer) bool {
-		return len(a.Evidence) > 0 && len(a.Evidence) <= MaxDevices
+		return len(a.Evidence) > 0 && len(a.Evidence) <= gpu.MaxDevices
 	})
 	if err != nil {
 		return nil, err
@@ -189,7 +186,7 @@ func (h *Helper) do(ctx context.Context, r Request, fits func(*Answer) bool) (*A
 	}
 	n := h.n
 	if n == 0 {
-		n = MaxDevices
+		n = gpu.MaxDevices
 	}
 	ctx, cancel := context.WithTimeout(ctx, timeout(r.Op, n))
 	defer cancel()
