@@ -44,6 +44,17 @@ type line struct {
 
 func setup(t *testing.T) *line {
 	t.Helper()
+	l := setupKBS(t)
+	ctx, cancel := context.WithTimeout(t.Context(), buildDeadline)
+	defer cancel()
+	l.a = l.build(t, ctx, "a")
+	l.b = l.build(t, ctx, "b")
+	return l
+}
+
+// setupKBS is a line without bundles.
+func setupKBS(t *testing.T) *line {
+	t.Helper()
 	root, err := filepath.Abs("../..")
 	if err != nil {
 		t.Fatal(err)
@@ -66,8 +77,6 @@ func setup(t *testing.T) *line {
 	if l.settings, err = l.kbs.Settings(); err != nil {
 		t.Fatal(err)
 	}
-	l.a = l.build(t, ctx, "a")
-	l.b = l.build(t, ctx, "b")
 	return l
 }
 
