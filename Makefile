@@ -2,7 +2,7 @@
 
 # Debian packages that building and testing need; `make deps` installs those that are missing.
 DEPS := gcc libc6-dev pkg-config libseccomp-dev debian-archive-keyring \
-	qemu-system-x86 qemu-utils cryptsetup-bin erofs-utils e2fsprogs nftables busybox-static mmdebstrap shellcheck
+	qemu-system-x86 qemu-utils cryptsetup-bin erofs-utils e2fsprogs nftables busybox-static mmdebstrap shellcheck skopeo
 FUZZTIME ?= 20s
 
 # sudo and cron often know no PATH to a Go that is not Debian's.
@@ -82,14 +82,18 @@ test-oracles:
 	{ echo "test-oracles: SKIPPED: no python3 with venv and pip, or no package index"; exit 0; }; \
 	PATH=$(CURDIR)/build/oracles/bin:$$PATH COFFER_TEST_OVMF=$(wildcard $(CURDIR)/build/base/snp/OVMF.amdsev.fd) \
 	$(GO) test -count=1 -v -run Oracle ./internal/measure ./internal/snp/idblock
+	@test -x build/oracles/bin/snpguest || cargo install -q snpguest --version 0.9.2 --locked --root build/oracles || \
+	{ echo "test-oracles: SKIPPED: no cargo, or no crate index"; exit 0; }; \
+	COFFER_SNPGUEST_ORACLE=$(CURDIR)/build/oracles/bin/snpguest $(GO) test -count=1 -v ./internal/snpguest
 # The real NVFlare from PyPI calls our cvm_build.
 NVFLARE := 2.9.0 2.7.3
 test-nvflare: DEPS += $(shell python3 -c 'import ensurepip' 2>/dev/null || echo python3-venv)
 test-nvflare: all base deps $(NVFLARE:%=build/nvflare/%/installed)
+	COFFER_NVFLARE_VENV=$(CURDIR)/build/nvflare/$(firstword $(NVFLARE)) $(GO) test -count=1 -v -run NVFlare ./agent/api
 	$(GO) test -count=1 -timeout 20m -v ./test/nvflare
 build/nvflare/%/installed: | deps
 	python3 -m venv --clear $(@D)
-	$(@D)/bin/pip install -q nvflare==$*
+	$(@D)/bin/pip install -q nvflare==$* filelock # which SNPAuthorizer imports and nvflare does not require
 	@touch $@
 bench: all base deps
 	bin/bench

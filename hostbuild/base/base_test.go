@@ -184,7 +184,7 @@ func TestBuild(t *testing.T) {
 		guest = append(guest, path)
 	}
 	slices.Sort(guest)
-	if got := strings.Join(guest, " "); got != "/bin/agent /bin/containerd /bin/containerd-shim-runc-v2 /bin/runc" {
+	if got := strings.Join(guest, " "); got != "/bin/agent /bin/containerd /bin/containerd-shim-runc-v2 /bin/runc /bin/snpguest" {
 		t.Errorf("programs %s", got)
 	}
 	if info, err := os.Stat(b.Programs["/bin/agent"]); err != nil || info.Mode() != 0o755 {
