@@ -30,6 +30,8 @@ type Source interface {
 	Settings(context.Context) (gpu.Settings, error)
 	Collect(ctx context.Context, nonce [32]byte) ([]gpu.Evidence, error)
 	SetReady(ctx context.Context, ready bool) error
+	// KeepInitialised keeps the session with a GPU while nobody uses it.
+	KeepInitialised(context.Context) error
 }
 
 // Judge judges evidence; *gpu.Verifier is one.
@@ -74,6 +76,11 @@ func (g *Guard) AdditionalEvidence(ctx context.Context, digest [48]byte) (string
 }
 
 func (g *Guard) attest(ctx context.Context, nonce [32]byte) ([]gpu.Evidence, error) {
+	if g.known == nil {
+		if err := g.Source.KeepInitialised(ctx); err != nil {
+			g.Printf("gpu: warning: persistence mode: %v", err)
+		}
+	}
 	settings, err := g.Source.Settings(ctx)
 	if err == nil {
 		err = g.Policy.CheckSettings(settings)
