@@ -3,84 +3,21 @@ package helper_test
 import (
 	"context"
 	"errors"
-	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
 	"strings"
-	"sync"
 	"syscall"
 	"testing"
 	"time"
 
 	"coffer/internal/gpu"
 	"coffer/internal/gpu/helper"
-	"coffer/internal/testenv"
 	"coffer/test/gpusim"
+	"coffer/test/gpusim/gpusimtest"
 )
 
-// built is the program and the fake library, made once.
-type built struct{ helper, library, old string }
-
-var build = sync.OnceValues(func() (built, error) {
-	dir, err := os.MkdirTemp("", "gpu-helper-test-")
-	if err != nil {
-		return built{}, err
-	}
-	b := built{filepath.Join(dir, "gpu-helper"), filepath.Join(dir, "libnvidia-ml.so.1"), filepath.Join(dir, "old", "libnvidia-ml.so.1")}
-	if err := os.Mkdir(filepath.Join(dir, "old"), 0o700); err != nil {
-		return b, err
-	}
-	for _, args := range [][]string{
-		{"gcc", "-Wall", "-Werror", "-shared", "-fPIC", "-o", b.library, "../../../test/fakenvml/fakenvml.c"},
-		{"gcc", "-Wall", "-Werror", "-shared", "-fPIC", "-DOLD", "-o", b.old, "../../../test/fakenvml/fakenvml.c"},
-		{"go", "build", "-o", b.helper, "coffer/cmd/gpu-helper"},
-	} {
-		cmd := exec.Command(args[0], args[1:]...)
-		cmd.Env = append(os.Environ(), "CGO_ENABLED=1", "CGO_CFLAGS=-O1 -Wno-deprecated-declarations")
-		if out, err := cmd.CombinedOutput(); err != nil {
-			return b, errors.Join(err, errors.New(string(out)))
-		}
-	}
-	return b, nil
-})
-
-func TestMain(m *testing.M) {
-	code := m.Run()
-	if b, err := build(); err == nil {
-		os.RemoveAll(filepath.Dir(b.helper))
-	}
-	os.Exit(code)
-}
-
-// newHelper returns a helper whose library asks driver.
-func newHelper(t testing.TB, driver *gpusim.Driver) *helper.Helper {
-	t.Helper()
-	testenv.LookTool(t, "gcc")
-	b, err := build()
-	if err != nil {
-		t.Fatal(err)
-	}
-	dir, err := os.MkdirTemp("", "") // t.TempDir can be too long for a socket
-	if err != nil {
-		t.Fatal(err)
-	}
-	t.Cleanup(func() { os.RemoveAll(dir) })
-	socket := filepath.Join(dir, "s")
-	l, err := net.Listen("unix", socket)
-	if err != nil {
-		t.Fatal(err)
-	}
-	done := make(chan error, 1)
-	go func() { done <- driver.Serve(l) }()
-	t.Cleanup(func() {
-		l.Close()
-		if err := <-done; err != nil {
-			t.Error(err)
-		}
-	})
-	return &helper.Helper{Path: b.helper, Library: b.library, Env: []string{"FAKENVML_SOCKET=" + socket}}
-}
+func TestMain(m *testing.M) { os.Exit(gpusimtest.Main(m)) }
 
 // TestRound goes through what an agent does: settings, evidence of all GPUs over a
 // fresh nonce, verification, ready.
@@ -94,7 +31,7 @@ func TestRound(t *testing.T) {
 		devices = append(devices, d)
 	}
 	driver := gpusim.NewDriver(devices...)
-	h := newHelper(t, driver)
+	h := gpusimtest.Helper(t, driver)
 	v := &gpu.Verifier{
 		DeviceRoot: w.DeviceRoot.Cert, RIMRoot: w.RIMRoot.Cert, RIMs: w.NewRIMs(one),
 		Policy: gpu.Policy{OCSP: gpu.OCSPOff, Count: 8}, Now: func() time.Time { return gpusim.Now },
@@ -173,7 +110,7 @@ func TestBad(t *testing.T) {
 	} {
 		t.Run(m.name, func(t *testing.T) {
 			driver := gpusim.NewDriver(d)
-			h := newHelper(t, driver)
+			h := gpusimtest.Helper(t, driver)
 			driver.Edit(func(d *gpusim.Driver) { m.do(d, h) })
 			v := &gpu.Verifier{
 				DeviceRoot: w.DeviceRoot.Cert, RIMRoot: w.RIMRoot.Cert, RIMs: w.NewRIMs(d),
@@ -194,9 +131,8 @@ func TestBad(t *testing.T) {
 // that is not there would end the process.
 func TestOldLibrary(t *testing.T) {
 	driver := gpusim.NewDriver(gpusim.NewWorld().NewDevice(gpu.Hopper))
-	h := newHelper(t, driver)
-	b, _ := build()
-	h.Library = b.old
+	h := gpusimtest.Helper(t, driver)
+	h.Library = gpusimtest.OldLibrary(t)
 	if s, err := h.Settings(t.Context()); err != nil || s != driver.Settings {
 		t.Errorf("settings %+v, %v", s, err)
 	}
@@ -210,7 +146,7 @@ func TestOldLibrary(t *testing.T) {
 func TestEnvironment(t *testing.T) {
 	t.Setenv("LD_BIND_NOW", "1") // would end the program at its start
 	t.Setenv("LD_PRELOAD", "/does/not/exist")
-	h := newHelper(t, gpusim.NewDriver(gpusim.NewWorld().NewDevice(gpu.Hopper)))
+	h := gpusimtest.Helper(t, gpusim.NewDriver(gpusim.NewWorld().NewDevice(gpu.Hopper)))
 	if _, err := h.Devices(t.Context()); err != nil {
 		t.Error(err)
 	}
@@ -269,7 +205,7 @@ func BenchmarkCollect8(b *testing.B) {
 	for range 8 {
 		devices = append(devices, w.NewDevice(gpu.Hopper))
 	}
-	h := newHelper(b, gpusim.NewDriver(devices...))
+	h := gpusimtest.Helper(b, gpusim.NewDriver(devices...))
 	var rss int64
 	h.Start = func(c *exec.Cmd) (func() error, error) {
 		return func() error {
