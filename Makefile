@@ -2,7 +2,7 @@
 
 # Debian packages that building and testing need; `make deps` installs those that are missing.
 DEPS := gcc libc6-dev pkg-config libseccomp-dev debian-archive-keyring \
-	qemu-system-x86 qemu-utils cryptsetup-bin erofs-utils e2fsprogs nftables busybox-static mmdebstrap shellcheck
+	qemu-system-x86 qemu-utils cryptsetup-bin erofs-utils e2fsprogs nftables busybox-static mmdebstrap shellcheck skopeo
 FUZZTIME ?= 20s
 
 # sudo and cron often know no PATH to a Go that is not Debian's.
@@ -26,7 +26,7 @@ PREFIX ?= /usr/local
 .PHONY: all deps base install test test-e2e test-oracles bench demo regorus fuzz lint clean test-nvflare
 .DELETE_ON_ERROR:
 
-all: $(MAINS) $(GUEST) bin/init-simulated bin/agent-simulated bin/snpguest-simulated bin/cvm_build bin/demo-workload bin/bench-idle
+all: $(MAINS) $(GUEST) bin/init-simulated bin/agent-simulated bin/snpguest-simulated bin/cvm_build bin/demo-workload bin/bench-idle bin/gpu-helper
 
 $(MAINS) &: $(SOURCES)
 	$(BUILD) -ldflags "$(LDFLAGS)" -o bin/ ./cmd/hostbuild ./cmd/init ./cmd/agent ./cmd/snpguest ./cmd/kbs-client ./test/simplatform ./test/demo ./test/bench
@@ -47,6 +47,9 @@ bin/runc: go.mod go.sum | deps # C inside: static, with libseccomp
 	CGO_ENABLED=1 $(CGO_BUILD) -tags "seccomp urfave_cli_no_docs netgo osusergo" \
 	-ldflags "$(LDFLAGS) -extldflags -static -X main.version=$$($(GO) list -m -f '{{.Version}}' github.com/opencontainers/runc | cut -c2-)" \
 	-o $@ github.com/opencontainers/runc
+
+bin/gpu-helper: $(SOURCES) | deps # NVML is loaded at run time: dynamic, and without bindnow
+	CGO_ENABLED=1 CGO_CFLAGS=-Wno-deprecated-declarations $(CGO_BUILD) -ldflags "$(LDFLAGS)" -o $@ ./cmd/gpu-helper
 
 deps:
 	@for p in $(DEPS); do dpkg-query -W -f '$${db:Status-Status}' $$p 2>/dev/null | grep -q '^installed' || missing="$$missing $$p"; done; \

@@ -33,6 +33,7 @@ import (
 	"coffer/agent/attest"
 	"coffer/agent/daemon"
 	"coffer/agent/drives"
+	"coffer/agent/gpus"
 	"coffer/agent/nfs"
 	"coffer/agent/profile"
 	"coffer/agent/workload"
@@ -73,6 +74,7 @@ type Deps struct {
 	Evidence   func(platform, tee string) (evidence.Source, error)
 	KBS        func(cfg guestconfig.KBS, dial Dial) (KBS, error)
 	StartChild func(*exec.Cmd) (wait func() error, err error)
+	GPUs       func(c *guestconfig.GPU, run string, start func(*exec.Cmd) (func() error, error), printf func(string, ...any)) (*gpus.Guard, error)
 	Now        func() time.Duration // since the kernel's start, suspended time included
 	Stop       <-chan string        // someone asks for an orderly stop, and why
 	// PowerOff powers the machine off at once. It does not return.
@@ -301,6 +303,11 @@ func (a *agent) takeOver(context.Context) error {
 		return err
 	}
 	a.verifier = &verifier{kbs: kbs, net: a.net, source: source, canary: a.cfg.KBS.CanaryPath}
+	if a.cfg.GPU != nil {
+		if a.verifier.gpus, err = a.GPUs(a.cfg.GPU, a.Paths.Run, a.StartChild, a.log.Printf); err != nil {
+			return boot.Fail(boot.CodeGPU, err)
+		}
+	}
 	return a.Hostname(a.cfg.CVMID)
 }
 
@@ -491,7 +498,7 @@ func (a *agent) attest(ctx context.Context) error {
 		Start:     a.startWorkload,
 		Stop:      func(ctx context.Context) error { return a.job.Kill(ctx) },
 		Now:       a.Now,
-		RoundTime: roundTime, StartTime: startTime, StopTime: stopTime,
+		RoundTime: roundTime + a.gpuTime(), StartTime: startTime, StopTime: stopTime,
 	}
 	return a.loop.First(ctx)
 }

@@ -142,7 +142,7 @@ func (a *agent) findChip() {
 	report, fromHost, err := chipReport(ctx, source)
 	s.store = certs.New(certs.Config{
 		Cache:   filepath.Join(a.Paths.Scratch, "certs"),
-		Folders: []string{filepath.Join(a.Paths.UserConfig, certFolder), filepath.Join(a.Paths.UserData, certFolder)},
+		Folders: []string{filepath.Join(a.configSource, certFolder), filepath.Join(a.Paths.UserData, certFolder)},
 		KDS:     a.cfg.API.KDS, Roots: certs.TrustedRoots(fromHost), Now: time.Now,
 	})
 	close(s.known)

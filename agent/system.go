@@ -54,6 +54,7 @@ func System(flush func()) Deps {
 		Evidence:   evidence.Open,
 		KBS:        newKBS,
 		StartChild: r.Start,
+		GPUs:       newGPUs,
 		Now:        SinceKernelStart,
 		Stop:       stopRequests(),
 		PowerOff: func() {
@@ -217,7 +218,7 @@ type kbs struct{ client *kbsclient.Client }
 
 func newKBS(cfg guestconfig.KBS, dial Dial) (KBS, error) {
 	c, err := kbsclient.New(kbsclient.Config{
-		URL: cfg.URL, RootCAs: []byte(cfg.CA), UserAgent: "coffer-agent", Dial: dial,
+		URL: cfg.URL, RootCAs: []byte(cfg.CA), UserAgent: "coffer-agent", Dial: dial, AttestTimeout: 3 * time.Minute, // the round's own limit is tighter
 	})
 	if err != nil {
 		return nil, err

@@ -96,7 +96,7 @@ func (r *rig) write(t *testing.T, name string, data []byte) {
 // writeBase makes a base of small files that has all that base.Open asks for.
 func writeBase(t *testing.T, dir string) {
 	t.Helper()
-	vectors, err := os.ReadFile("../measure/testdata/vectors.json")
+	vectors, err := os.ReadFile("../../internal/measure/testdata/vectors.json")
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -131,7 +131,7 @@ func writeBase(t *testing.T, dir string) {
 		data []byte
 	}{
 		{"vmlinuz", []byte("kernel")}, {"initrd-base.img", []byte("an initrd")}, {"OVMF.amdsev.fd", ovmf}, {"ca-certificates.crt", []byte("CAs\n")},
-		{"bin/agent", bytes.Repeat([]byte("agent"), 10000)}, {"bin/containerd", []byte("c")}, {"bin/containerd-shim-runc-v2", []byte("s")}, {"bin/runc", []byte("r")},
+		{"bin/agent", bytes.Repeat([]byte("agent"), 10000)}, {"bin/containerd", []byte("c")}, {"bin/containerd-shim-runc-v2", []byte("s")}, {"bin/runc", []byte("r")}, {"bin/snpguest", []byte("g")},
 	} {
 		if err := os.WriteFile(filepath.Join(dir, f.name), f.data, 0o644); err != nil {
 			t.Fatal(err)
@@ -450,11 +450,6 @@ func TestSameBytesForEveryone(t *testing.T) {
 		mknod -m 666 /dev/null c 1 3
 		mknod -m 666 /dev/urandom c 1 9
 		exec setpriv --reuid 65534 --regid 65534 --clear-groups --inh-caps=-all --bounding-set=-all --no-new-privs "$0"`}
-	for _, private := range []string{"kbs/admin.key", "kbs/ca.pem", "kbs/policy"} {
-		if err := exec.Command("chown", "-R", "65534:65534", filepath.Join(r.dir, private)).Run(); err != nil {
-			t.Fatal(err)
-		}
-	}
 	os.Chmod(filepath.Join(r.dir, "kbs"), 0o755)
 	self, err := os.Executable()
 	if err != nil {
@@ -466,12 +461,21 @@ func TestSameBytesForEveryone(t *testing.T) {
 		}
 	}
 	var first []byte
-	for name, wrap := range map[string][]string{"root": umask, "nobody": bare} {
+	for _, who := range []struct { // root can use the lock file that the other one makes
+		name string
+		wrap []string
+	}{{"nobody", bare}, {"root", umask}} {
+		name, wrap := who.name, who.wrap
 		out := filepath.Join(r.dir, "out-"+name)
 		if err := os.Mkdir(out, 0o777); err != nil {
 			t.Fatal(err)
 		}
 		os.Chmod(out, 0o777)
+		for _, private := range []string{"kbs/admin.key", "kbs/ca.pem", "kbs/policy"} { // root may in any case
+			if err := exec.Command("chown", "-R", "65534:65534", filepath.Join(r.dir, private)).Run(); err != nil {
+				t.Fatal(err)
+			}
+		}
 		path, err := r.child(t, out, 7, wrap...).Output()
 		if err != nil {
 			t.Fatalf("build as %s: %v", name, err)
@@ -543,7 +547,7 @@ func TestClearUp(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		rule, err := register.RuleOf(&bundle.Manifest{CVMID: id, TEE: "snp", KBS: bundle.KBS{KeyPath: keyPath(id), CanaryPath: canaryPath(id)},
+		rule, err := reg.RuleOf(&bundle.Manifest{CVMID: id, TEE: "snp", KBS: bundle.KBS{KeyPath: keyPath(id), CanaryPath: canaryPath(id)},
 			LaunchDigests: []bundle.LaunchDigest{{Digest: strings.Repeat("ab", 48)}}})
 		if err != nil {
 			t.Fatal(err)

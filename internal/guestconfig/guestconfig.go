@@ -85,6 +85,7 @@ type Config struct {
 	UserConfig  UserConfig  `json:"user_config"`
 	Peers       Peers       `json:"peers,omitzero"`
 	API         API         `json:"api,omitzero"`
+	GPU         *GPU        `json:"gpu,omitempty"`
 }
 
 // Peers is what the workload's snpguest accepts of other CVMs' reports, beyond
@@ -455,6 +456,9 @@ func (c *Config) Validate() error {
 	check(slices.Contains([]string{"", RestartNever, RestartOnFailure, RestartAlways}, w.Restart), "workload.restart %q is not never, on-failure or always", w.Restart)
 	for _, fault := range w.Profile.faults() {
 		check(false, "workload.profile: %s", fault)
+	}
+	for _, fault := range c.GPU.faults(c.Platform) {
+		check(false, "gpu: %s", fault)
 	}
 	for product, t := range c.Peers.MinTCB {
 		check(slices.Contains([]string{"Milan", "Genoa", "Turin"}, product), "peers.min_tcb: %q is not Milan, Genoa or Turin", product)

@@ -79,7 +79,7 @@ func fixtures(t *testing.T, testdata string) {
 		}
 		write(t, name, b)
 	}
-	write(t, "ovmf", syntheticOVMF(t, filepath.Join(testdata, "../../measure/testdata/vectors.json")))
+	write(t, "ovmf", syntheticOVMF(t, filepath.Join(testdata, "../../../internal/measure/testdata/vectors.json")))
 	write(t, "kernel", []byte("a kernel"))
 	write(t, "initrd", []byte("an initrd"))
 	write(t, "empty", nil)
