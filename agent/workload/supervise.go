@@ -30,6 +30,7 @@ type Supervisor struct {
 
 	starting chan struct{}      // holds one token while a start is under way
 	halt     context.CancelFunc // no more starts
+	abort    context.CancelFunc // nor the one under way
 	done     chan struct{}      // closed when the last run's end has been logged
 }
 
@@ -45,25 +46,28 @@ const (
 // last run's end.
 func (s *Supervisor) Start(ctx context.Context) (<-chan Exit, error) {
 	s.starting = make(chan struct{}, 1)
+	life, halt := context.WithCancel(context.Background())
 	began := s.Now()
-	run, err := s.begin(ctx)
+	run, err := s.begin(life, ctx)
 	if err != nil {
+		halt()
 		return nil, err
 	}
-	life, halt := context.WithCancel(context.Background())
-	s.halt, s.done = halt, make(chan struct{})
+	starts, abort := context.WithCancel(context.Background())
+	s.halt, s.abort, s.done = halt, abort, make(chan struct{})
 	last := make(chan Exit, 1)
 	go func() {
 		defer close(s.done)
-		last <- s.keep(life, run, began)
+		last <- s.keep(life, starts, run, began)
 	}()
 	return last, nil
 }
 
-func (s *Supervisor) begin(ctx context.Context) (<-chan struct{}, error) {
+// begin starts a run, within ctx, unless life is over.
+func (s *Supervisor) begin(life, ctx context.Context) (<-chan struct{}, error) {
 	s.starting <- struct{}{}
 	defer func() { <-s.starting }()
-	if err := ctx.Err(); err != nil {
+	if err := life.Err(); err != nil {
 		return nil, err
 	}
 	s.Before()
@@ -71,7 +75,7 @@ func (s *Supervisor) begin(ctx context.Context) (<-chan struct{}, error) {
 }
 
 // keep returns the end of the last run.
-func (s *Supervisor) keep(life context.Context, run <-chan struct{}, began time.Duration) Exit {
+func (s *Supervisor) keep(life, starts context.Context, run <-chan struct{}, began time.Duration) Exit {
 	for tries := 1; ; tries++ {
 		<-run
 		exit, ran := s.Job.Exit(), s.Now()-began
@@ -98,12 +102,15 @@ func (s *Supervisor) keep(life context.Context, run <-chan struct{}, began time.
 			case <-time.After(wait):
 			}
 			began = s.Now()
-			ctx, cancel := context.WithTimeout(life, againWithin)
+			ctx, cancel := context.WithTimeout(starts, againWithin)
 			var err error
-			run, err = s.begin(ctx)
+			run, err = s.begin(life, ctx)
 			cancel()
 			if err == nil {
 				break
+			}
+			if life.Err() != nil {
+				return exit
 			}
 			s.Printf("workload does not start again: %v", err)
 			wait = restartMax
@@ -114,41 +121,52 @@ func (s *Supervisor) keep(life context.Context, run <-chan struct{}, began time.
 
 // Kill ends the job at once, for good. nil means that nothing of it is left.
 func (s *Supervisor) Kill(ctx context.Context) error {
-	return s.stop(ctx, s.Job.Kill)
-}
-
-// Stop asks the job to end, gives it grace, and then kills it.
-func (s *Supervisor) Stop(ctx context.Context, grace time.Duration) error {
-	return s.stop(ctx, func(ctx context.Context) error {
-		if s.Ask != nil {
-			err := s.Ask()
-			if err == nil {
-				select {
-				case <-s.done:
-					return nil
-				case <-time.After(grace):
-				case <-ctx.Done():
-				}
-				return s.Job.Kill(ctx)
-			}
-			s.Printf("%v; it gets the stop signal", err)
-		}
-		return s.Job.Terminate(ctx, grace)
-	})
-}
-
-func (s *Supervisor) stop(ctx context.Context, end func(context.Context) error) error {
 	if s.halt == nil {
 		return nil
 	}
 	s.halt()
-	select { // what is starting is running or has failed then
+	s.abort()
+	return s.end(ctx, s.Job.Kill)
+}
+
+// Stop asks the job to end, gives it grace, and then kills it. A start that is
+// under way may finish within the grace: what runs can be asked.
+func (s *Supervisor) Stop(ctx context.Context, grace time.Duration) error {
+	if s.halt == nil {
+		return nil
+	}
+	s.halt()
+	until := s.Now() + grace
+	timer := time.AfterFunc(grace, s.abort)
+	defer timer.Stop()
+	return s.end(ctx, func(ctx context.Context) error {
+		grace := max(until-s.Now(), 0)
+		if s.Ask == nil {
+			return s.Job.Terminate(ctx, grace)
+		}
+		if err := s.Ask(); err != nil {
+			s.Printf("%v; it gets the stop signal", err)
+			return s.Job.Terminate(ctx, grace)
+		}
+		select {
+		case <-s.done:
+			return nil
+		case <-time.After(grace):
+		case <-ctx.Done():
+		}
+		return s.Job.Kill(ctx)
+	})
+}
+
+// end ends the run, after the start that may be under way.
+func (s *Supervisor) end(ctx context.Context, how func(context.Context) error) error {
+	select {
 	case s.starting <- struct{}{}:
 		defer func() { <-s.starting }()
 	case <-ctx.Done():
-		return errors.Join(fmt.Errorf("a start of the workload does not end: %w", ctx.Err()), end(ctx))
+		return errors.Join(fmt.Errorf("a start of the workload does not end: %w", ctx.Err()), s.Job.Kill(ctx))
 	}
-	if err := end(ctx); err != nil {
+	if err := how(ctx); err != nil {
 		return err
 	}
 	select {

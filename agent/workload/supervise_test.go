@@ -203,6 +203,21 @@ func TestNoStartAfterStop(t *testing.T) {
 	}
 }
 
+// A stop that meets a start lets it finish and asks what runs then.
+func TestStopWhileItStarts(t *testing.T) {
+	supervise(t, guestconfig.RestartAlways, func(t *testing.T, b *bench) {
+		b.job.mu.Lock()
+		b.job.slow = 5 * time.Second
+		b.job.mu.Unlock()
+		b.job.end(1)
+		time.Sleep(restartFirst + time.Second)
+		b.Stop(t.Context(), 20*time.Second)
+		if got := strings.Join(b.job.calls, ","); got != "terminate 16s" || !b.over() {
+			t.Errorf("%q, want a stop signal with what is left of the grace", got)
+		}
+	})
+}
+
 func TestStopAsks(t *testing.T) {
 	supervise(t, "", func(t *testing.T, b *bench) {
 		b.job.ignore = true
