@@ -2,7 +2,7 @@
 
 # Debian packages that building and testing need; `make deps` installs those that are missing.
 DEPS := gcc libc6-dev pkg-config libseccomp-dev debian-archive-keyring \
-	qemu-system-x86 qemu-utils cryptsetup-bin erofs-utils e2fsprogs nftables busybox-static mmdebstrap shellcheck
+	qemu-system-x86 qemu-utils cryptsetup-bin erofs-utils e2fsprogs nftables busybox-static mmdebstrap shellcheck skopeo
 FUZZTIME ?= 20s
 
 # sudo and cron often know no PATH to a Go that is not Debian's.
@@ -16,7 +16,7 @@ endif
 CGO_BUILD := GOFLAGS= GOOS=linux GOARCH=amd64 GOAMD64=v1 $(GO) build -trimpath -buildvcs=false
 BUILD := CGO_ENABLED=0 $(CGO_BUILD)
 LDFLAGS := -s -w -buildid=
-MAINS := $(addprefix bin/,hostbuild init agent kbs-client simplatform demo bench)
+MAINS := $(addprefix bin/,hostbuild init agent snpguest kbs-client simplatform demo bench)
 GUEST := $(addprefix bin/,containerd containerd-shim-runc-v2 runc)
 BASES := build/base/snp/base.json build/base/simulated/base.json
 SOURCES := go.mod go.sum $(shell find agent cmd hostbuild images initramfs internal kbsclient test -type f ! -name '*_test.go' ! -path '*/testdata/*')
@@ -26,10 +26,10 @@ PREFIX ?= /usr/local
 .PHONY: all deps base install test test-e2e test-oracles bench demo regorus fuzz lint clean test-nvflare test-trustee soak
 .DELETE_ON_ERROR:
 
-all: $(MAINS) $(GUEST) bin/init-simulated bin/agent-simulated bin/cvm_build bin/demo-workload bin/bench-idle
+all: $(MAINS) $(GUEST) bin/init-simulated bin/agent-simulated bin/snpguest-simulated bin/cvm_build bin/demo-workload bin/bench-idle bin/gpu-helper
 
 $(MAINS) &: $(SOURCES)
-	$(BUILD) -ldflags "$(LDFLAGS)" -o bin/ ./cmd/hostbuild ./cmd/init ./cmd/agent ./cmd/kbs-client ./test/simplatform ./test/demo ./test/bench
+	$(BUILD) -ldflags "$(LDFLAGS)" -o bin/ ./cmd/hostbuild ./cmd/init ./cmd/agent ./cmd/snpguest ./cmd/kbs-client ./test/simplatform ./test/demo ./test/bench
 	@touch $(MAINS)
 bin/%-simulated: $(SOURCES)
 	$(BUILD) -tags simulated -ldflags "$(LDFLAGS)" -o $@ ./cmd/$*
@@ -48,6 +48,9 @@ bin/runc: go.mod go.sum | deps # C inside: static, with libseccomp
 	-ldflags "$(LDFLAGS) -extldflags -static -X main.version=$$($(GO) list -m -f '{{.Version}}' github.com/opencontainers/runc | cut -c2-)" \
 	-o $@ github.com/opencontainers/runc
 
+bin/gpu-helper: $(SOURCES) | deps # NVML is loaded at run time: dynamic, and without bindnow
+	CGO_ENABLED=1 CGO_CFLAGS=-Wno-deprecated-declarations $(CGO_BUILD) -ldflags "$(LDFLAGS)" -o $@ ./cmd/gpu-helper
+
 deps:
 	@for p in $(DEPS); do dpkg-query -W -f '$${db:Status-Status}' $$p 2>/dev/null | grep -q '^installed' || missing="$$missing $$p"; done; \
 	test -z "$$missing" && test -n "$$(apt-get indextargets)" && exit; \
@@ -58,7 +61,7 @@ deps:
 # The packages of a base stay those of its first build until `make clean`;
 # both bases are made of the same.
 base: $(BASES)
-build/base/%/base.json: bin/hostbuild bin/init bin/agent bin/init-simulated bin/agent-simulated $(GUEST) | deps
+build/base/%/base.json: bin/hostbuild bin/init bin/agent bin/snpguest bin/init-simulated bin/agent-simulated bin/snpguest-simulated $(GUEST) | deps
 	bin/hostbuild base build --platform $* --programs bin --out build/base/$* --cache build/cache \
 	$$(ls build/base/*/base.lock 2>/dev/null | head -n 1 | sed 's/^/--locked /')
 build/base/simulated/base.json: build/base/snp/base.json
@@ -89,14 +92,18 @@ test-oracles:
 	{ echo "test-oracles: SKIPPED: no python3 with venv and pip, or no package index"; exit 0; }; \
 	PATH=$(CURDIR)/build/oracles/bin:$$PATH COFFER_TEST_OVMF=$(wildcard $(CURDIR)/build/base/snp/OVMF.amdsev.fd) \
 	$(GO) test -count=1 -v -run Oracle ./internal/measure ./internal/snp/idblock
+	@test -x build/oracles/bin/snpguest || cargo install -q snpguest --version 0.9.2 --locked --root build/oracles || \
+	{ echo "test-oracles: SKIPPED: no cargo, or no crate index"; exit 0; }; \
+	COFFER_SNPGUEST_ORACLE=$(CURDIR)/build/oracles/bin/snpguest $(GO) test -count=1 -v ./internal/snpguest
 # The real NVFlare from PyPI calls our cvm_build.
 NVFLARE := 2.9.0 2.7.3
 test-nvflare: DEPS += $(shell python3 -c 'import ensurepip' 2>/dev/null || echo python3-venv)
 test-nvflare: all base deps $(NVFLARE:%=build/nvflare/%/installed)
+	COFFER_NVFLARE_VENV=$(CURDIR)/build/nvflare/$(firstword $(NVFLARE)) $(GO) test -count=1 -v -run NVFlare ./agent/api
 	$(GO) test -count=1 -timeout 20m -v ./test/nvflare
 build/nvflare/%/installed: | deps
 	python3 -m venv --clear $(@D)
-	$(@D)/bin/pip install -q nvflare==$*
+	$(@D)/bin/pip install -q nvflare==$* filelock # which SNPAuthorizer imports and nvflare does not require
 	@touch $@
 bench: all base deps
 	bin/bench
@@ -109,7 +116,7 @@ regorus:
 fuzz:
 	@grep -rlE '^func Fuzz' --include='*_test.go' . | sort | while read -r file; do \
 	for target in $$(sed -n 's/^func \(Fuzz[A-Za-z0-9_]*\)(.*/\1/p' $$file); do \
-	echo "fuzz: $$file $$target"; $(GO) test -run '^$$' -fuzz "^$$target$$" -fuzztime $(FUZZTIME) ./$$(dirname $$file) </dev/null || exit 1; done; done
+	echo "fuzz: $$file $$target"; $(GO) test -run '^$$' -fuzz "^$$target$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 20x ./$$(dirname $$file) </dev/null || exit 1; done; done
 lint:
 	@test -z "$$(git ls-files "*.go" | xargs gofmt -l | tee /dev/stderr)" || { echo "lint: run gofmt -w on these files"; exit 1; }
 	$(GO) vet ./...

@@ -4,6 +4,7 @@ go 1.26.6
 
 require (
 	github.com/Microsoft/hcsshim v0.15.0-rc.4
+	github.com/NVIDIA/go-nvml v0.13.4-1
 	github.com/anatol/devmapper.go v0.0.0-20260315162726-c47dfb6cf674
 	github.com/anatol/luks.go v0.0.0-20260615185044-2658459c8ca5
 	github.com/containerd/containerd/api v1.12.0

@@ -9,9 +9,10 @@
 // attestation round or the workload's end; whatever goes wrong ends in one
 // FAILED line and the machine powered off.
 //
-// A workload that exits by itself ends the guest in order, whatever its exit
-// code: there is no restart policy. A workload that a verdict stopped starts
-// again after a pass where restart_on_recovery is set; else the guest ends.
+// A workload that exits by itself starts again where its restart policy says so;
+// else it ends the guest in order, whatever its exit code. A workload that a
+// verdict stopped starts again after a pass where restart_on_recovery is set;
+// else the guest ends.
 //
 // What is done to the machine goes through Deps; System is the real one. The
 // package knows nothing of the builder, of LUKS or of launch digests.
@@ -32,6 +33,9 @@ import (
 	"coffer/agent/attest"
 	"coffer/agent/daemon"
 	"coffer/agent/drives"
+	"coffer/agent/gpus"
+	"coffer/agent/nfs"
+	"coffer/agent/profile"
 	"coffer/agent/workload"
 	"coffer/internal/boot"
 	"coffer/internal/evidence"
@@ -64,10 +68,13 @@ type Deps struct {
 	Lookup     func(ctx context.Context, host string) ([]netip.Addr, error)
 	Attach     func(context.Context, drives.Mount) error
 	Detach     func(target string) error
+	Share      func(drive string) error // mounts below it show up in containers
+	NFS        nfs.Sys
 	Overlay    func(target string, layers ...string) error
 	Evidence   func(platform, tee string) (evidence.Source, error)
 	KBS        func(cfg guestconfig.KBS, dial Dial) (KBS, error)
 	StartChild func(*exec.Cmd) (wait func() error, err error)
+	GPUs       func(c *guestconfig.GPU, run string, start func(*exec.Cmd) (func() error, error), printf func(string, ...any)) (*gpus.Guard, error)
 	Now        func() time.Duration // since the kernel's start, suspended time included
 	Stop       <-chan string        // someone asks for an orderly stop, and why
 	// PowerOff powers the machine off at once. It does not return.
@@ -76,9 +83,9 @@ type Deps struct {
 
 // KBS is the verifier.
 type KBS interface {
-	// Canary makes a handshake with fresh nonce, key and evidence, fetches the
-	// resource and wipes it.
-	Canary(ctx context.Context, a kbsclient.Attester, path string) error
+	// Fetch makes a handshake with fresh nonce, key and evidence and fetches the
+	// resource, which the caller wipes. The token comes without the key.
+	Fetch(ctx context.Context, a kbsclient.Attester, path string) (resource []byte, token string, err error)
 }
 
 // agent is what the phases have made so far.
@@ -94,12 +101,12 @@ type agent struct {
 	net      *network
 	verifier *verifier
 	daemon   *daemon.Daemon
-	runner   *workload.Runner
+	services *services
+	nfsDone  <-chan struct{} // closed when the export is unmounted; nil: no NFS
+	job      *workload.Supervisor
 	loop     *attest.Loop
 
 	configSource string // what the workload sees as /user_config
-
-	exitLogged <-chan struct{} // closed when the last run's exit has been logged
 }
 
 // phases is the agent's part of the boot.
@@ -111,6 +118,7 @@ func (a *agent) phases() []boot.Phase {
 		{Name: "ports", Deadline: 10 * s, Code: boot.CodeFirewall, Run: a.ports},
 		{Name: "drives", Deadline: 60 * s, Code: boot.CodeDrive, Run: a.drives},
 		{Name: "user_config", Deadline: 60 * s, Code: boot.CodeUserConfig, Run: a.userConfig},
+		{Name: "api", Deadline: 10 * s, Code: boot.CodeInternal, Run: a.serve},
 		{Name: "containerd", Deadline: 40 * s, Code: boot.CodeContainerd, Run: a.containerd},
 		{Name: "image", Deadline: 60 * s, Code: boot.CodeImage, Run: a.container},
 		{Name: "attest", Deadline: firstWithin + roundTime + 10*s, Code: boot.CodeAttestation, Run: a.attest},
@@ -142,9 +150,17 @@ type stopRequest struct{ why string }
 func (s stopRequest) Error() string { return s.why }
 
 // workloadExit is the workload's own end.
-type workloadExit struct{ exit workload.Exit }
+type workloadExit struct {
+	exit  workload.Exit
+	early bool // a workload that does not end by itself has ended well
+}
 
-func (e workloadExit) Error() string { return "workload exited " + e.exit.String() }
+func (e workloadExit) Error() string {
+	if e.early {
+		return "workload exited " + e.exit.String() + " though nobody asked it to end"
+	}
+	return "workload exited " + e.exit.String()
+}
 
 // Run boots, attests until the guest has to end, and ends it.
 func Run(d Deps, out Output) {
@@ -199,8 +215,12 @@ func (a *agent) end(phase string, err error) {
 	var stop stopRequest
 	var exit workloadExit
 	orderly := errors.As(err, &stop) || errors.As(err, &exit) && exit.exit.Err == nil
-	if a.runner != nil {
+	if a.job != nil {
 		a.stopWorkload(errors.As(err, &stop))
+	}
+	if a.services != nil {
+		a.services.api.Close()
+		a.stopNFS()
 	}
 	if a.daemon != nil {
 		a.daemon.Stop()
@@ -227,20 +247,20 @@ const unmountTime = 5 * time.Second
 // stopWorkload gives the workload time only where somebody asked for the stop,
 // and no more than its last pass carries: nobody attests any more.
 func (a *agent) stopWorkload(polite bool) {
-	ctx, cancel := context.WithTimeout(context.Background(), graceTime+stopTime)
+	grace := graceTime
+	if p := a.cfg.Workload.Profile; p.StopFile != "" {
+		grace = time.Duration(p.StopSeconds) * time.Second
+	}
+	ctx, cancel := context.WithTimeout(context.Background(), grace+stopTime)
 	defer cancel()
 	var err error
 	if polite && a.loop != nil {
-		err = a.runner.Terminate(ctx, min(graceTime, a.loop.Left()))
+		err = a.job.Stop(ctx, min(grace, a.loop.Left()))
 	} else {
-		err = a.runner.Kill(ctx)
+		err = a.job.Kill(ctx)
 	}
 	if err != nil {
 		a.log.Printf("coffer: %v", err)
-		return
-	}
-	if a.exitLogged != nil {
-		<-a.exitLogged // the last line is another one
 	}
 }
 
@@ -283,6 +303,11 @@ func (a *agent) takeOver(context.Context) error {
 		return err
 	}
 	a.verifier = &verifier{kbs: kbs, net: a.net, source: source, canary: a.cfg.KBS.CanaryPath}
+	if a.cfg.GPU != nil {
+		if a.verifier.gpus, err = a.GPUs(a.cfg.GPU, a.Paths.Run, a.StartChild, a.log.Printf); err != nil {
+			return boot.Fail(boot.CodeGPU, err)
+		}
+	}
 	return a.Hostname(a.cfg.CVMID)
 }
 
@@ -332,7 +357,13 @@ func (a *agent) drives(ctx context.Context) error {
 	if err := os.Rename(a.upper(), old); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return err
 	}
+	if err := os.Rename(a.writable(), old+"w"); err != nil && !errors.Is(err, os.ErrNotExist) {
+		return err
+	}
 	go os.RemoveAll(trash)
+	if err := os.Mkdir(a.writable(), 0o755); err != nil {
+		return err
+	}
 	// Only the container sees it; which of its users may is its own business.
 	if err := os.Mkdir(a.vault(), 0o700); err == nil {
 		return os.Chmod(a.vault(), 0o1777)
@@ -356,7 +387,10 @@ func (a *agent) target(name string) string {
 }
 
 func (a *agent) upper() string { return filepath.Join(a.Paths.Scratch, "upper") }
-func (a *agent) vault() string { return filepath.Join(a.Paths.Scratch, "vault") }
+
+// writable holds the folders that the profile makes writable.
+func (a *agent) writable() string { return filepath.Join(a.Paths.Scratch, "writable") }
+func (a *agent) vault() string    { return filepath.Join(a.Paths.Scratch, "vault") }
 
 func (a *agent) containerd(ctx context.Context) error {
 	var err error
@@ -385,7 +419,26 @@ func (a *agent) container(ctx context.Context) error {
 	if err != nil {
 		return err
 	}
-	a.runner, err = workload.Create(ctx, a.daemon.Client(), image, workload.Config{
+	program := filepath.Join(p.Bin, "snpguest")
+	binds := []workload.Bind{
+		{Source: a.configSource, Target: "/user_config", ReadOnly: true}, // startup scripts run from there
+		{Source: p.UserData, Target: "/user_data", Follow: a.nfsDone != nil},
+		{Source: p.Applog, Target: "/applog", NoExec: true},
+		{Source: a.vault(), Target: "/vault"},
+		{Source: p.Hosts, Target: "/etc/hosts", ReadOnly: true},
+		{Source: p.ResolvConf, Target: "/etc/resolv.conf", ReadOnly: true},
+		{Source: a.hostDir(), Target: "/host/run", ReadOnly: true, NoExec: true},
+		{Source: program, Target: "/host/bin/snpguest", ReadOnly: true},
+		{Source: program, Target: "/usr/local/bin/snpguest", ReadOnly: true}, // NVFlare takes it from PATH
+	}
+	for _, target := range w.Profile.Writable {
+		dir, err := profile.Folder(a.writable(), target)
+		if err != nil {
+			return err
+		}
+		binds = append(binds, workload.Bind{Source: dir, Target: target})
+	}
+	runner, err := workload.Create(ctx, a.daemon.Client(), image, workload.Config{
 		ID:         "workload",
 		Hostname:   a.cfg.CVMID,
 		Cgroup:     p.Cgroup,
@@ -395,20 +448,35 @@ func (a *agent) container(ctx context.Context) error {
 		MemoryMiB:  w.MemoryMiB,
 		PidsMax:    w.PidsMax,
 		TmpMiB:     w.TmpMiB,
-		Binds: []workload.Bind{
-			{Source: a.configSource, Target: "/user_config", ReadOnly: true}, // startup scripts run from there
-			{Source: p.UserData, Target: "/user_data"},
-			{Source: p.Applog, Target: "/applog", NoExec: true},
-			{Source: a.vault(), Target: "/vault"},
-			{Source: p.Hosts, Target: "/etc/hosts", ReadOnly: true},
-			{Source: p.ResolvConf, Target: "/etc/resolv.conf", ReadOnly: true},
-		},
-		FIFODir:  filepath.Join(p.Run, "coffer", "fifo"),
-		RuncRoot: filepath.Join(p.Run, "runc"),
-		Stdout:   a.logs.stream(a.output, first),
-		Stderr:   a.logs.stream(a.output, first),
+		Binds:      binds,
+		Path:       "/host/bin",
+		FIFODir:    filepath.Join(p.Run, "coffer", "fifo"),
+		RuncRoot:   filepath.Join(p.Run, "runc"),
+		Stdout:     a.logs.stream(a.output, first),
+		Stderr:     a.logs.stream(a.output, first),
 	})
-	return boot.Fail(boot.CodeWorkload, err)
+	if err != nil {
+		return boot.Fail(boot.CodeWorkload, err)
+	}
+	a.job = &workload.Supervisor{
+		Job: runner, Restart: w.Restart, Printf: a.log.Printf, Now: a.Now, Before: a.beforeStart,
+		Failed: func(e workload.Exit) bool { return e.Err != nil || profile.Failed(w.Profile, e.Code) },
+	}
+	if w.Profile.StopFile != "" {
+		a.job.Ask = func() error { return profile.Ask(w.Profile, a.vault()) }
+	}
+	return nil
+}
+
+// beforeStart is done before each start of the workload.
+func (a *agent) beforeStart() {
+	removed, err := profile.Prepare(a.cfg.Workload.Profile, a.vault())
+	for _, name := range removed {
+		a.log.Printf("workload profile=%s removed %q", a.cfg.Workload.Profile.Name, name)
+	}
+	if err != nil {
+		a.log.Printf("workload profile=%s: %v", a.cfg.Workload.Profile.Name, err)
+	}
 }
 
 // attest waits for the first pass; then the container is started.
@@ -428,9 +496,9 @@ func (a *agent) attest(ctx context.Context) error {
 		Report:    a.report,
 		Printf:    a.log.Printf,
 		Start:     a.startWorkload,
-		Stop:      func(ctx context.Context) error { return a.runner.Kill(ctx) },
+		Stop:      func(ctx context.Context) error { return a.job.Kill(ctx) },
 		Now:       a.Now,
-		RoundTime: roundTime, StartTime: startTime, StopTime: stopTime,
+		RoundTime: roundTime + a.gpuTime(), StartTime: startTime, StopTime: stopTime,
 	}
 	return a.loop.First(ctx)
 }
@@ -439,21 +507,16 @@ func (a *agent) workload(ctx context.Context) error { return a.loop.Started(ctx)
 
 // startWorkload starts the container for the loop.
 func (a *agent) startWorkload(ctx context.Context) (<-chan error, error) {
-	ended, err := a.runner.Start(ctx)
+	a.awaitChip(ctx)
+	last, err := a.job.Start(ctx)
 	if err != nil {
 		return nil, err
 	}
-	began := a.Now()
 	a.log.Printf("workload started image=%s", a.cfg.Workload.ImageDigest)
 	exited := make(chan error, 1)
-	logged := make(chan struct{})
-	a.exitLogged = logged
 	go func() {
-		defer close(logged)
-		<-ended
-		exit := a.runner.Exit()
-		a.log.Printf("workload exited %s seconds=%.1f", exit, (a.Now() - began).Seconds())
-		exited <- workloadExit{exit}
+		exit := <-last
+		exited <- workloadExit{exit, exit.Err == nil && exit.Code == 0 && a.cfg.Workload.Profile.Lasting}
 	}()
 	return exited, nil
 }

@@ -67,21 +67,24 @@ type fakeKBS struct {
 	dial     agent.Dial
 }
 
-func (k *fakeKBS) Canary(ctx context.Context, a kbsclient.Attester, path string) error {
+func (k *fakeKBS) Fetch(ctx context.Context, a kbsclient.Attester, path string) ([]byte, string, error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
+	if path == "site/keys/model" {
+		return []byte("model key"), "", nil
+	}
 	if path != "keys/canary/cvm_0123456789ab" {
-		return fmt.Errorf("asked for %s", path)
+		return nil, "", fmt.Errorf("asked for %s", path)
 	}
 	if _, err := a.Evidence(ctx, [48]byte{}); err != nil {
-		return err
+		return nil, "", err
 	}
 	i := min(k.rounds, len(k.verdicts)-1)
 	k.rounds++
 	if i < 0 {
-		return nil
+		return nil, "token", nil
 	}
-	return k.verdicts[i]
+	return nil, "token", k.verdicts[i]
 }
 
 var errDenied = &kbsclient.Error{Status: 401, Type: "PolicyDeny", Detail: "Access denied by policy", Op: "resource"}
@@ -249,7 +252,7 @@ func TestLife(t *testing.T) {
 			phases = append(phases, strings.Fields(name)[0])
 		}
 	}
-	if want := strings.Fields("system handover ports drives user_config containerd image attest workload"); !slices.Equal(phases, want) {
+	if want := strings.Fields("system handover ports drives user_config api containerd image attest workload"); !slices.Equal(phases, want) {
 		t.Errorf("phases %v, want %v", phases, want)
 	}
 	for _, want := range []string{
@@ -295,6 +298,114 @@ func TestLife(t *testing.T) {
 	}
 	if _, err := os.Stat(g.dir + "/scratch/upper/old"); err == nil {
 		t.Error("the writable layer of the last boot is still there")
+	}
+}
+
+// The container has snpguest, in two places, and the agent's socket.
+func TestServices(t *testing.T) {
+	g := newGuest(t, `snpguest -V; /host/bin/snpguest --version; /usr/local/bin/snpguest -V
+		echo "PATH=$PATH"; ls -l /host/run/coffer.sock; touch /host/run/x || echo run is read-only
+		rm -f /host/run/coffer.sock || echo the socket stays
+		echo y >/tmp/short; snpguest report /tmp/r /tmp/short; echo code=$?
+		dd if=/dev/zero of=/tmp/req bs=64 count=1 2>/dev/null; snpguest report /tmp/r /tmp/req -v 0; echo code=$?
+		snpguest report /tmp/r /tmp/req; echo code=$?
+		ls -ld /opt/certs; touch /opt/certs/mine && echo certs are writable
+		ls /dev`)
+	g.cfg.Workload.Profile = guestconfig.Profile{Name: "test", Writable: []string{"/opt/certs"}, Certs: "/opt/certs"}
+	lines := strings.Join(g.end(g.start()), "\n")
+	for _, want := range []string{
+		"workload: snpguest 0.9.2\nworkload: snpguest 0.9.2\nworkload: snpguest 0.9.2\n", "PATH=/bin:/host/bin", "srw-rw-rw-", "run is read-only", "the socket stays",
+		"unable to read 64 bytes from REQUEST_FILE", "VMPL 0 is Coffer's agent's own", "the agent answers 501: this CVM runs on sample evidence",
+		"drwxrwxrwx", "certs are writable",
+	} {
+		if !strings.Contains(lines, want) {
+			t.Errorf("the console lacks %q", want)
+		}
+	}
+	if n := strings.Count(lines, "workload: code=1"); n != 3 {
+		t.Errorf("%d refusals", n)
+	}
+	for _, device := range []string{"sev-guest", "vport", "mem", "kmsg", "vda", "mapper"} {
+		if strings.Contains(lines, "workload: "+device) {
+			t.Errorf("the container has /dev/%s", device)
+		}
+	}
+}
+
+// exports is an NFS client of the kernel's.
+type exports struct{ mounted chan string }
+
+func (e exports) Mount(drive, source, data string) error {
+	e.mounted <- source + " at " + drive
+	return nil
+}
+func (e exports) Check(string) error   { return nil }
+func (e exports) Unmount(string) error { e.mounted <- "unmounted"; return nil }
+
+func TestNFS(t *testing.T) {
+	for _, tc := range []struct {
+		name, file string
+		ports      []guestconfig.Port
+		want       string
+	}{
+		{"no file", "", nil, ""},
+		{"a bad file", "nas\n", nil, `user_data/ext_mount.conf is not used: "nas" is not server:/export`},
+		{"not allowed", "192.0.2.9:/x\n", nil, "user_data/ext_mount.conf is not used: 2049 is not in allowed_out_ports"},
+		{"allowed", "kbs.example:/x\n", []guestconfig.Port{{Port: 2049, Proto: "tcp"}}, "nfs kbs.example:/x is mounted at"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			g := newGuest(t, `[ -e /user_data/mnt ] && ls /user_data/mnt; exit 0`)
+			e := exports{make(chan string, 8)}
+			g.deps.NFS, g.deps.Share = e, func(string) error { return nil }
+			if tc.ports != nil {
+				g.cfg.Network.AllowedOutPorts = tc.ports
+			}
+			if tc.file != "" {
+				if err := os.WriteFile(g.dir+"/user_data/ext_mount.conf", []byte(tc.file), 0o644); err != nil {
+					t.Fatal(err)
+				}
+			}
+			lines := g.end(g.start())
+			g.last(lines, `coffer: power off reason="workload exited code=0"`)
+			if !strings.Contains(strings.Join(lines, "\n"), tc.want) {
+				t.Errorf("the console lacks %q", tc.want)
+			}
+			close(e.mounted)
+			var did []string
+			for m := range e.mounted {
+				did = append(did, m)
+			}
+			want := []string{"192.0.2.7:/x at " + g.dir + "/user_data", "unmounted"}
+			if tc.ports == nil {
+				want = nil
+			}
+			if !slices.Equal(did, want) {
+				t.Errorf("did %v, want %v", did, want)
+			}
+		})
+	}
+}
+
+func TestRestartPolicyAndProfile(t *testing.T) {
+	g := newGuest(t, `n=$(ls /vault | grep -c run); touch /vault/run$n; ls /vault/ws; echo run $n
+		[ $n = 0 ] && { mkdir -p /vault/ws; echo 1 >/vault/ws/daemon_pid.fl; exit 0; }
+		while [ ! -e /vault/ws/stop ]; do sleep 0.1; done; echo asked; exit 0`)
+	g.cfg.Workload.Restart = guestconfig.RestartOnFailure
+	g.cfg.Workload.Profile = guestconfig.Profile{Name: "test", Lasting: true, Remove: []string{"*/daemon_pid.fl"}, StopFile: "ws/stop", StopSeconds: 20}
+	ended := g.start()
+	g.console.Await(t, "workload: run 1")
+	g.stop <- "power button"
+	text := strings.Join(g.end(ended), "\n")
+	for _, want := range []string{
+		"workload exited code=0 seconds=", " early=true restart=1 in=1s", `workload profile=test removed "/vault/ws/daemon_pid.fl"`,
+		"workload: asked\n", `coffer: power off reason="power button"`,
+	} {
+		if !strings.Contains(text, want) {
+			t.Errorf("the console lacks %q", want)
+		}
+	}
+	if strings.Contains(text, "workload: daemon_pid.fl") {
+		t.Error("a stale file was there at the second start")
 	}
 }
 

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"coffer/agent/drives"
+	"coffer/agent/nfs"
 	"coffer/agent/reaper"
 	"coffer/internal/boot"
 	"coffer/internal/evidence"
@@ -47,10 +48,13 @@ func System(flush func()) Deps {
 		Lookup:     lookup,
 		Attach:     drives.Attach,
 		Detach:     detach,
+		Share:      nfs.Share,
+		NFS:        nfs.Kernel{},
 		Overlay:    drives.Overlay,
 		Evidence:   evidence.Open,
 		KBS:        newKBS,
 		StartChild: r.Start,
+		GPUs:       newGPUs,
 		Now:        SinceKernelStart,
 		Stop:       stopRequests(),
 		PowerOff: func() {
@@ -214,7 +218,7 @@ type kbs struct{ client *kbsclient.Client }
 
 func newKBS(cfg guestconfig.KBS, dial Dial) (KBS, error) {
 	c, err := kbsclient.New(kbsclient.Config{
-		URL: cfg.URL, RootCAs: []byte(cfg.CA), UserAgent: "coffer-agent", Dial: dial,
+		URL: cfg.URL, RootCAs: []byte(cfg.CA), UserAgent: "coffer-agent", Dial: dial, AttestTimeout: 3 * time.Minute, // the round's own limit is tighter
 	})
 	if err != nil {
 		return nil, err
@@ -222,15 +226,14 @@ func newKBS(cfg guestconfig.KBS, dial Dial) (KBS, error) {
 	return kbs{c}, nil
 }
 
-func (k kbs) Canary(ctx context.Context, a kbsclient.Attester, path string) error {
+func (k kbs) Fetch(ctx context.Context, a kbsclient.Attester, path string) ([]byte, string, error) {
 	s, err := k.client.Attest(ctx, a)
 	if err != nil {
-		return err
+		return nil, "", err
 	}
 	defer s.Close()
 	resource, err := s.Resource(ctx, path)
-	clear(resource)
-	return err
+	return resource, s.Token(), err
 }
 
 // stopRequests tells of the first wish that the machine should stop: a signal,

@@ -8,8 +8,10 @@ import (
 	"time"
 
 	"coffer/agent/attest"
+	"coffer/agent/gpus"
 	"coffer/internal/boot"
 	"coffer/internal/evidence"
+	"coffer/internal/gpu"
 	"coffer/kbsclient"
 )
 
@@ -19,6 +21,8 @@ type verifier struct {
 	net    *network
 	source evidence.Source
 	canary string
+	gpus   *gpus.Guard // nil: there are none
+	token  string      // of the last round that passed; the loop's alone
 }
 
 // round is one attestation. A KBS's /attest accepts evidence that its policy
@@ -28,12 +32,37 @@ func (v *verifier) round(ctx context.Context) error {
 	if err := v.net.findKBS(ctx); err != nil {
 		return err
 	}
-	err := v.kbs.Canary(ctx, attester{v.source}, v.canary)
+	err := v.fetchCanary(ctx)
 	// A KBS that restarts in the middle of a handshake refuses it: one more.
 	if errors.Is(err, kbsclient.ErrAttestationRefused) || errors.Is(err, kbsclient.ErrTokenNotFound) || errors.Is(err, kbsclient.ErrTokenInvalid) {
-		err = v.kbs.Canary(ctx, attester{v.source}, v.canary)
+		err = v.fetchCanary(ctx)
+	}
+	if err == nil && v.gpus != nil {
+		err = v.gpus.Accept(ctx)
 	}
 	return err
+}
+
+func (v *verifier) fetchCanary(ctx context.Context) error {
+	resource, token, err := v.kbs.Fetch(ctx, attester{v.source, v.gpus}, v.canary)
+	clear(resource)
+	if err == nil {
+		v.token = token
+	}
+	return err
+}
+
+// Fetch is for the workload's API.
+func (v *verifier) Fetch(ctx context.Context, path string) ([]byte, string, error) {
+	if err := v.net.findKBS(ctx); err != nil {
+		return nil, "", err
+	}
+	// A resource may want GPUs of the KBS's own judging. Else they are left in peace.
+	a := attester{Source: v.source}
+	if v.gpus != nil && v.gpus.Send {
+		a.gpus = v.gpus
+	}
+	return v.kbs.Fetch(ctx, a, path)
 }
 
 // errPlatform marks what the platform, not the KBS, has failed at.
@@ -41,7 +70,10 @@ var errPlatform = errors.New("no evidence")
 
 // attester is the evidence of one round. The platform is asked twice before it
 // counts as broken.
-type attester struct{ evidence.Source }
+type attester struct {
+	evidence.Source
+	gpus *gpus.Guard // nil: there are none
+}
 
 func (a attester) Evidence(ctx context.Context, digest [48]byte) (json.RawMessage, error) {
 	e, err := a.Source.Evidence(ctx, digest)
@@ -80,6 +112,13 @@ var verdicts = []struct {
 }
 
 func classify(err error) (attest.Verdict, string, string) {
+	var g *gpu.Error
+	if errors.As(err, &g) {
+		if g.Code.Unreachable() {
+			return attest.Unknown, string(boot.CodeGPU), err.Error()
+		}
+		return attest.Negative, string(boot.CodeGPU), err.Error()
+	}
 	for _, v := range verdicts {
 		if errors.Is(err, v.is) {
 			return v.verdict, string(v.code), err.Error()
@@ -128,5 +167,6 @@ func (a *agent) report(r attest.Result) {
 	})
 	if err == nil {
 		a.logs.attestation.Write(append(b, '\n'))
+		a.services.api.SetRound(b, r.Verdict == attest.Pass, a.verifier.token)
 	}
 }

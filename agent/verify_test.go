@@ -16,6 +16,8 @@ import (
 	"coffer/internal/boot"
 	"coffer/internal/evidence"
 	"coffer/internal/firewall"
+	"coffer/internal/gpu"
+	"coffer/internal/gpu/helper"
 	"coffer/internal/guestconfig"
 	"coffer/kbsclient"
 )
@@ -45,6 +47,10 @@ func TestClassify(t *testing.T) {
 		{"nonsense", fmt.Errorf("x: %w", kbsclient.ErrProtocol), attest.Unknown, boot.CodeKBSProtocol},
 		{"firewall", boot.Fail(boot.CodeFirewall, errors.New("x")), attest.Unknown, boot.CodeFirewall},
 		{"panic", boot.Fail(boot.CodeInternal, errors.New("x")), attest.Unknown, boot.CodeInternal},
+		{"a GPU is bad", fmt.Errorf("evidence of additional devices: GPU 1: %w", &gpu.Error{Code: gpu.CodeMeasurement, Err: errors.New("x")}), attest.Negative, boot.CodeGPU},
+		{"gpu-helper hangs", &gpu.Error{Code: helper.CodeTimeout, Err: fmt.Errorf("x: %w", context.DeadlineExceeded)}, attest.Negative, boot.CodeGPU},
+		{"no RIM service", &gpu.Error{Code: "vbios-rim-fetch", Err: errors.New("x")}, attest.Unknown, boot.CodeGPU},
+		{"OCSP of a RIM unreachable", &gpu.Error{Code: "driver-rim-ocsp-unreachable", Err: errors.New("x")}, attest.Unknown, boot.CodeGPU},
 		{"anything else", errors.New("x"), attest.Unknown, boot.CodeKBSProtocol},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
@@ -64,9 +70,9 @@ type countingKBS struct {
 	n int
 }
 
-func (k *countingKBS) Canary(ctx context.Context, a kbsclient.Attester, path string) error {
+func (k *countingKBS) Fetch(ctx context.Context, a kbsclient.Attester, path string) ([]byte, string, error) {
 	k.n++
-	return k.f(k.n, a)
+	return nil, "", k.f(k.n, a)
 }
 
 // source fails its first requests.

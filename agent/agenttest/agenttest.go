@@ -26,7 +26,7 @@ import (
 	"coffer/internal/testenv"
 )
 
-// Programs is the folder of containerd, its shim and runc: $COFFER_BIN, else
+// Programs is the folder of containerd, its shim, runc and snpguest: $COFFER_BIN, else
 // bin at the repository's top.
 func Programs(t testing.TB) string {
 	t.Helper()
@@ -34,7 +34,7 @@ func Programs(t testing.TB) string {
 	if dir == "" {
 		dir, _ = filepath.Abs(filepath.Join(root(t), "bin"))
 	}
-	for _, name := range []string{"containerd", "containerd-shim-runc-v2", "runc"} {
+	for _, name := range []string{"containerd", "containerd-shim-runc-v2", "runc", "snpguest"} {
 		_, err := os.Stat(filepath.Join(dir, name))
 		testenv.Need(t, err == nil, fmt.Sprintf("no %s in %s: build the guest programs or set COFFER_BIN", name, dir))
 	}

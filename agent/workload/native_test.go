@@ -214,6 +214,101 @@ func TestContainerdKilled(t *testing.T) {
 	}
 }
 
+// What the workload prints while containerd is killed again and again arrives,
+// all of it and in order.
+func TestLogSurvivesContainerd(t *testing.T) {
+	const lines = 3000
+	r := runner(t, fmt.Sprintf(`i=0; while [ $i -lt %d ]; do i=$((i+1)); echo line $i; [ $((i %% 100)) = 0 ] && sleep 0.1; done; exit 5`, lines), nil)
+	ended := r.start(t)
+	kills := 0
+	for running := true; running; {
+		select {
+		case <-ended:
+			running = false
+		case <-time.After(500 * time.Millisecond):
+			if kills < 3 {
+				awaitServing(t, r.daemon, killContainerd(t, r.daemon))
+				kills++
+			}
+		}
+	}
+	if kills == 0 {
+		t.Fatal("the workload ended before containerd was killed")
+	}
+	var want strings.Builder
+	for i := range lines {
+		fmt.Fprintf(&want, "line %d\n", i+1)
+	}
+	if got := r.out.String(); got != want.String() {
+		t.Errorf("after %d kills %d of %d bytes arrived", kills, len(got), want.Len())
+	}
+	if e := r.Exit(); e.Err != nil || e.Code != 5 {
+		t.Errorf("exit is %v, want code 5", e)
+	}
+}
+
+// What root in the container cannot read, change or do.
+func TestConfinement(t *testing.T) {
+	r := runner(t, `
+		try() { name=$1; shift; "$@" >/dev/null 2>&1 && echo "CAN $name" || echo "cannot $name"; }
+		for f in kcore keys timer_list sched_debug; do [ -e /proc/$f ] && { [ "$(busybox head -c 1 /proc/$f 2>/dev/null | busybox wc -c)" = 0 ] && echo masked $f || echo "CAN read $f"; }; done
+		[ -z "$(ls /sys/firmware 2>/dev/null)" ] && echo masked firmware || echo CAN list firmware
+		try sysctl busybox sh -c 'echo 1 >/proc/sys/kernel/sysrq'
+		try sysrq busybox sh -c 'echo h >/proc/sysrq-trigger'
+		try sysfs busybox sh -c 'echo 0 >/sys/kernel/mm/transparent_hugepage/enabled'
+		try cgroup busybox mkdir /sys/fs/cgroup/x
+		try bind mount -o bind /vault /tmp
+		try remount mount -o remount,exec /applog
+		try pivot busybox pivot_root /vault /vault
+		try ping busybox ping -c 1 -W 1 127.0.0.1
+		try packet busybox arping -c 1 -I lo 127.0.0.1
+		try link busybox ip link set lo mtu 1000
+		busybox date -s 2001-01-01 >/dev/null 2>&1; try clock [ "$(busybox date +%Y)" = 2001 ]
+		try hostname busybox hostname other
+		try modprobe busybox insmod /nothing.ko
+		try reboot busybox reboot -f
+		try swap busybox swapon /vault/x
+		try chroot-out busybox sh -c 'echo x >/proc/1/root/proc/sys/kernel/sysrq'
+		try dmesg busybox dmesg
+		try nice busybox nice -n -5 true
+		echo 'echo ran' >/applog/p; busybox chmod 755 /applog/p; try applog /applog/p
+		busybox cp /bin/busybox /vault/su; busybox chmod 4755 /vault/su; busybox stat -c %a /vault/su
+		ulimit -c; echo nofile $(ulimit -n)
+		busybox ps | busybox wc -l`, nil)
+	waitFor(t, r.start(t))
+	out := r.out.String()
+	for line := range strings.Lines(out) {
+		if strings.HasPrefix(line, "CAN ") {
+			t.Errorf("the workload %s", strings.TrimSpace(line))
+		}
+	}
+	for _, want := range []string{"masked keys", "masked firmware", "cannot sysctl", "cannot packet", "cannot bind", "cannot reboot", "cannot clock", "cannot applog"} {
+		if !strings.Contains(out, want) {
+			t.Errorf("output lacks %q", want)
+		}
+	}
+	if t.Failed() {
+		t.Log(out)
+	}
+}
+
+// The limits of the guest config hold.
+func TestLimits(t *testing.T) {
+	r := runner(t, `busybox head -c 16m /dev/zero >/tmp/fill || echo tmp is full
+		busybox head -c 16m /dev/zero >/dev/shm/fill || echo shm is full
+		i=0; while [ $i -lt 100 ]; do busybox sleep 5 & i=$((i+1)); done; echo all started`, func(c *workload.Config) { c.PidsMax = 20 })
+	waitFor(t, r.start(t))
+	out := r.out.String()
+	for _, want := range []string{"tmp is full", "shm is full", "can't fork"} {
+		if !strings.Contains(out, want) {
+			t.Errorf("output lacks %q: %s", want, out)
+		}
+	}
+	if strings.Contains(out, "all started") {
+		t.Error("more processes than the limit allows")
+	}
+}
+
 // A workload that ends while containerd is down is known to have ended, though
 // containerd may have lost its exit code.
 func TestExitWhileContainerdIsDown(t *testing.T) {

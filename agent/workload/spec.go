@@ -2,6 +2,7 @@ package workload
 
 import (
 	"context"
+	"strings"
 	"syscall"
 
 	"github.com/containerd/containerd/v2/client"
@@ -30,10 +31,14 @@ type Bind struct {
 	Source, Target string
 	ReadOnly       bool
 	NoExec         bool
+	Follow         bool // what is mounted below Source later shows up as well
 }
 
 func (b Bind) mount() specs.Mount {
 	opts := []string{"bind", "nosuid", "nodev"}
+	if b.Follow {
+		opts = []string{"rbind", "rslave", "nosuid", "nodev"}
+	}
 	if b.NoExec {
 		opts = append(opts, "noexec")
 	}
@@ -64,6 +69,7 @@ func guardOpts(cfg *Config) []oci.SpecOpts {
 	}
 	opts := []oci.SpecOpts{
 		oci.WithEnv(cfg.Env),
+		withPath(cfg.Path),
 		oci.WithHostname(cfg.Hostname),
 		oci.WithHostNamespace(specs.NetworkNamespace),
 		oci.WithDevShmSize(cfg.TmpMiB * 1024),
@@ -80,6 +86,25 @@ func guardOpts(cfg *Config) []oci.SpecOpts {
 	}
 	return append(opts, seccomp.WithDefaultProfile())
 }
+
+// withPath lets the workload find the guest's programs by their names.
+func withPath(dir string) oci.SpecOpts {
+	return func(_ context.Context, _ oci.Client, _ *containers.Container, s *oci.Spec) error {
+		if dir == "" {
+			return nil
+		}
+		for i, e := range s.Process.Env {
+			if strings.HasPrefix(e, "PATH=") {
+				s.Process.Env[i] = e + ":" + dir
+				return nil
+			}
+		}
+		s.Process.Env = append(s.Process.Env, "PATH="+defaultPath+":"+dir)
+		return nil
+	}
+}
+
+const defaultPath = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 
 func withLimits(_ context.Context, _ oci.Client, _ *containers.Container, s *oci.Spec) error {
 	files := uint64(maxFiles)

@@ -43,6 +43,7 @@ type Config struct {
 	PidsMax        int64
 	TmpMiB         int64 // /tmp and /dev/shm, each
 	Binds          []Bind
+	Path           string // added at the end of PATH
 	FIFODir        string
 	RuncRoot       string // runc's state
 	Stdout, Stderr io.Writer

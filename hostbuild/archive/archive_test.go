@@ -226,7 +226,20 @@ func TestForms(t *testing.T) {
 		return append(out, entry{name: "c.json", data: app.config()},
 			entry{name: "manifest.json", data: toJSON([]object{{"Config": "c.json", "RepoTags": app.tags, "Layers": names}})})
 	}
+	crane := func() []entry { // as kaniko does it too: gzip'd layers, the config named by its digest
+		out := []entry{{name: "sha256:" + sha(app.config()), data: app.config()}}
+		var names []string
+		for _, l := range app.layers {
+			name := sha(gz(l)) + ".tar.gz"
+			if !slices.Contains(names, name) {
+				out = append(out, entry{name: name, data: gz(l)})
+			}
+			names = append(names, name)
+		}
+		return append(out, entry{name: "manifest.json", data: toJSON([]object{{"Config": "sha256:" + sha(app.config()), "RepoTags": app.tags, "Layers": names}})})
+	}
 	for form, entries := range map[string][]entry{
+		"crane, kaniko":           crane(),
 		"docker before 25":        legacy(app),
 		"podman":                  podman(),
 		"docker 25":               oci(asIs, false, true, app),

@@ -4,7 +4,7 @@
 //	vmlinuz             kernel
 //	initrd-base.img     init and kernel modules, see package initramfs
 //	OVMF.amdsev.fd      firmware
-//	bin/                programs of the verity root: agent, containerd, ...
+//	bin/                programs of the verity root: agent, snpguest, containerd, ...
 //	ca-certificates.crt for the workload
 //	base.json           manifest: what is here and what it was made from
 //	base.lock           the packages that went in, for Params.Locked
@@ -51,7 +51,7 @@ const (
 )
 
 // guestPrograms are in every base's bin/.
-var guestPrograms = []string{"agent", "containerd", "containerd-shim-runc-v2", "runc"}
+var guestPrograms = []string{"agent", "snpguest", "containerd", "containerd-shim-runc-v2", "runc"}
 
 const manifestVersion = 1
 
@@ -84,6 +84,7 @@ type Module struct {
 	Name     string `json:"name"`
 	SHA256   string `json:"sha256"`
 	Optional bool   `json:"optional,omitempty"`
+	Feature  string `json:"feature,omitempty"` // only guests that use it load the module
 }
 
 // Base is an opened base. Paths are absolute or relative as Dir is.

@@ -214,7 +214,7 @@ applog.qcow2       what the workload and the attestation log wrote; plain ext4
 crypt_root.qcow2   the encrypted root; its key comes from the KBS at
                    %s
                    and only for the launch digests below
-user_config.qcow2  the workload's configuration; plain ext4
+user_config.qcow2  the workload's configuration; plain ext4 (integrity: %s)
 user_data.qcow2    place for the site's data; plain ext4, grow it as you like
 initrd.img vmlinuz OVMF.amdsev.fd   measured at launch: a changed byte means no key
 launch_vm.sh       starts the VM
@@ -227,7 +227,7 @@ A boot that fails ends with one line on the console:
     coffer: FAILED phase=<phase> code=<E_...> detail="..."
 
 Launch digests (platform %s):
-`, m.CVMID, m.KBS.URL, m.Platform)
+`, m.CVMID, m.KBS.URL, m.UserConfig.Integrity, m.Platform)
 	for _, d := range m.LaunchDigests {
 		fmt.Fprintf(&b, "    %-14s %3d vCPU  %s\n", d.CPU, d.VCPUs, d.Digest)
 	}

@@ -28,7 +28,7 @@ them with the guest's programs. A base is made once and used for many bundles.`,
 				suffix = "-simulated"
 			}
 			p.Init = filepath.Join(programs, "init"+suffix)
-			p.Programs = map[string]string{"agent": filepath.Join(programs, "agent"+suffix)}
+			p.Programs = map[string]string{"agent": filepath.Join(programs, "agent"+suffix), "snpguest": filepath.Join(programs, "snpguest"+suffix)}
 			for _, name := range []string{"containerd", "containerd-shim-runc-v2", "runc"} {
 				p.Programs[name] = filepath.Join(programs, name)
 			}

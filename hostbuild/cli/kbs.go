@@ -56,6 +56,7 @@ base_dir: /path/of/a/base # made by: hostbuild base build
 
 func (a *App) kbsServe() *cobra.Command {
 	var o kbs.Options
+	var gpus kbsGPUs
 	var listen, dialect, roots string
 	var minTCB []string
 	c := &cobra.Command{
@@ -89,6 +90,9 @@ given one; Milan's reports can be forged (docs/security.md).`,
 				o.MinTCB[product] = min
 			}
 			o.Dialect = kbs.Dialect(dialect)
+			if o.Devices, o.SimulatedDevices, err = gpus.devices(); err != nil {
+				return err
+			}
 			o.Logger = slog.New(slog.NewTextHandler(a.Stderr, nil))
 			server, err := kbs.New(o)
 			if err != nil {
@@ -111,6 +115,7 @@ given one; Milan's reports can be forged (docs/security.md).`,
 	f.StringVar(&o.AdminIssuer, "admin-issuer", "", "iss that admin tokens must name (dialect H; default any)")
 	f.StringVar(&o.AdminAudience, "admin-audience", "", "aud that admin tokens must name (dialect H; default any)")
 	f.StringVar(&roots, "simulated-roots", "", "PEM file of simulated chips' roots; needs --allow-simulated")
+	gpus.flags(f)
 	f.BoolVar(&o.AllowSimulated, "allow-simulated", false, "accept simulated evidence: for tests, never for real secrets")
 	c.MarkFlagRequired("dir")
 	return c

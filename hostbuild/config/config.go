@@ -38,7 +38,10 @@ type Config struct {
 
 	Network     guestconfig.Network
 	Attestation guestconfig.Attestation
-	Workload    guestconfig.Workload // without the image
+	Workload    guestconfig.Workload // without image and profile
+	Profile     string               // name of a workload profile, "" to choose by what the CVM runs
+	Peers       guestconfig.Peers
+	API         guestconfig.API
 
 	Issuers []Issuer
 
@@ -113,7 +116,12 @@ func build(doc *yamlcheck.Doc, m *yamlcheck.Map) (*Config, error) {
 
 	c.Network = network(m)
 	c.Attestation = attestation(m)
-	c.Workload = workload(m.Map("workload"))
+	workload(c, m.Map("workload"))
+	c.Peers = peers(m.Map("peers"))
+	c.API.KDS = m.String("kds_url", "")
+	if !m.Has("kds_url") && slices.Contains(c.Network.AllowedOutPorts, guestconfig.Port{Port: 443, Proto: "tcp"}) {
+		c.API.KDS = amdKDS
+	}
 
 	for _, im := range m.Maps("cc_issuers") {
 		is := Issuer{ID: im.Required("id", "the issuer's id"), Path: im.Required("path", "the issuer's Python class")}
@@ -294,9 +302,13 @@ func attestation(m *yamlcheck.Map) guestconfig.Attestation {
 	}
 }
 
-func workload(m *yamlcheck.Map) guestconfig.Workload {
+// amdKDS is where AMD gives out the certificates of chips.
+const amdKDS = "https://kdsintf.amd.com"
+
+func workload(c *Config, m *yamlcheck.Map) {
 	defer m.Finish()
 	w := guestconfig.Workload{
+		Restart:   m.OneOf("restart", guestconfig.RestartNever, guestconfig.RestartNever, guestconfig.RestartOnFailure, guestconfig.RestartAlways),
 		Args:      m.Strings("args"),
 		MemoryMiB: m.Int("memory_mib", 0, 0, 16<<20),
 		PidsMax:   m.Int("pids_max", 4096, 16, 1<<22),
@@ -310,5 +322,38 @@ func workload(m *yamlcheck.Map) guestconfig.Workload {
 		}
 		w.Env = append(w.Env, fmt.Sprintf("%s=%s", k, env.String(k, "")))
 	}
-	return w
+	c.Workload = w
+	c.Profile = m.OneOf("profile", "", ProfileNames()...)
+	c.API.Resources = m.Strings("kbs_resources")
+	for _, r := range c.API.Resources {
+		if !guestconfig.ValidResourcePath(r) || strings.HasPrefix(r, "keys/root/") || strings.HasPrefix(r, "keys/canary/") {
+			m.Faultf("kbs_resources", "%q is not repository/type/tag, or is what a CVM's disk is opened by", r)
+		}
+	}
+	c.API.LoopbackPort = uint16(m.Int("api_port", 0, 0, 65535))
+}
+
+// peers is what the workload's snpguest accepts of other CVMs.
+func peers(m *yamlcheck.Map) guestconfig.Peers {
+	defer m.Finish()
+	p := guestconfig.Peers{Measurements: m.Strings("measurements"), AllowVLEK: m.Bool("allow_vlek", false)}
+	min := m.Map("min_tcb")
+	for _, product := range min.Keys() {
+		t := min.Map(product)
+		part := func(name string) uint8 { return uint8(t.Int(name, 0, 0, 255)) }
+		tcb := guestconfig.TCB{Bootloader: part("bootloader"), TEE: part("tee"), SNP: part("snp"), Microcode: part("microcode")}
+		if t.Has("fmc") {
+			fmc := part("fmc")
+			tcb.FMC = &fmc
+		}
+		t.Finish()
+		if product != "Milan" && product != "Genoa" && product != "Turin" {
+			min.Faultf(product, "is not Milan, Genoa or Turin")
+		}
+		if p.MinTCB == nil {
+			p.MinTCB = map[string]guestconfig.TCB{}
+		}
+		p.MinTCB[product] = tcb
+	}
+	return p
 }

@@ -305,6 +305,7 @@ func guestConfig(p Params, id, ca string, b *base.Base, root *disk.Root, pinned 
 	c := p.Config
 	w := c.Workload
 	w.ImageName, w.ImageDigest = root.Image.Name, root.Image.Digest
+	w.Profile = c.WorkloadProfile()
 	return &guestconfig.Config{
 		Version: guestconfig.Version, CVMID: id, Platform: b.Platform, TEE: p.TEE, BuildTime: p.Now.Unix(),
 		KBS: guestconfig.KBS{URL: p.Settings.KBSGuestURL, CA: ca, KeyPath: keyPath(id), CanaryPath: canaryPath(id)},
@@ -312,7 +313,7 @@ func guestConfig(p Params, id, ca string, b *base.Base, root *disk.Root, pinned 
 			Serial: "crypt_root", HeaderSHA256: root.HeaderSHA256, DataOffset: root.DataOffset, PayloadSize: root.PayloadSize,
 			Verity: root.Verity, Scratch: root.Scratch,
 		},
-		Network: c.Network, Attestation: c.Attestation, Workload: w, UserConfig: pinned,
+		Network: c.Network, Attestation: c.Attestation, Workload: w, UserConfig: pinned, Peers: c.Peers, API: c.API,
 	}
 }
 

@@ -50,10 +50,6 @@ func BuildDrive(ctx context.Context, p DriveParams) error {
 }
 
 func buildDrive(ctx context.Context, p DriveParams, out *os.File) error {
-	drive, err := qcow2.NewWriter(out, p.Size)
-	if err != nil {
-		return err
-	}
 	work, err := os.MkdirTemp(filepath.Dir(p.Out), "."+filepath.Base(p.Out)+".*")
 	if err != nil {
 		return err
@@ -91,6 +87,15 @@ func buildDrive(ctx context.Context, p DriveParams, out *os.File) error {
 		}
 		return err
 	}
+	return packRaw(raw, p.Size, out)
+}
+
+// packRaw makes a qcow2 image of size bytes of what is no hole in raw.
+func packRaw(raw *os.File, size int64, out *os.File) error {
+	drive, err := qcow2.NewWriter(out, size)
+	if err != nil {
+		return err
+	}
 	extents, err := ext4.Data(raw)
 	if err != nil {
 		return err
@@ -100,11 +105,11 @@ func buildDrive(ctx context.Context, p DriveParams, out *os.File) error {
 			return err
 		}
 	}
-	size, err := drive.Finish()
+	end, err := drive.Finish()
 	if err != nil {
 		return err
 	}
-	return out.Truncate(size)
+	return out.Truncate(end)
 }
 
 // driveStage collects what goes into a drive, with the directories it needs.
@@ -250,21 +255,30 @@ func withRaw(file string, f func(raw string) error) error {
 		return err
 	}
 	defer in.Close()
-	r, err := qcow2.NewReader(in, size)
-	if err != nil {
-		return err
-	}
-	raw, err := os.CreateTemp("", "drive-*.raw")
+	raw, _, err := rawCopy(in, size)
 	if err != nil {
 		return err
 	}
 	defer os.Remove(raw.Name())
 	defer raw.Close()
-	if err := raw.Truncate(r.Size()); err != nil {
-		return err
-	}
-	if err := r.CopyTo(raw); err != nil {
-		return explain(raw.Name(), err)
-	}
 	return f(raw.Name())
+}
+
+// rawCopy unpacks a qcow2 image into a temporary file.
+func rawCopy(in *os.File, size int64) (raw *os.File, virtual int64, err error) {
+	r, err := qcow2.NewReader(in, size)
+	if err != nil {
+		return nil, 0, err
+	}
+	raw, err = os.CreateTemp("", "drive-*.raw")
+	if err != nil {
+		return nil, 0, err
+	}
+	if err = raw.Truncate(r.Size()); err == nil {
+		err = explain(raw.Name(), r.CopyTo(raw))
+	}
+	if err != nil {
+		return nil, 0, errors.Join(err, raw.Close(), os.Remove(raw.Name()))
+	}
+	return raw, r.Size(), nil
 }

@@ -144,6 +144,11 @@ func (a attestation) parse() (b bound, err error) {
 // digest is the SHA-384 that the evidence must carry: over the canonical JSON
 // (RFC 8785) of additional evidence, nonce and key.
 func (b bound) digest() [48]byte {
+	return sha512.Sum384([]byte(`{"additional-evidence":` + canonical(b.additional) +
+		`,"nonce":` + canonical(b.nonce) + `,"tee-pubkey":` + b.canonicalKey() + `}`))
+}
+
+func (b bound) canonicalKey() string {
 	var key bytes.Buffer
 	for i, name := range sortedKeys(b.key) {
 		if i > 0 {
@@ -151,8 +156,7 @@ func (b bound) digest() [48]byte {
 		}
 		key.WriteString(canonical(name) + ":" + canonical(b.key[name]))
 	}
-	return sha512.Sum384([]byte(`{"additional-evidence":` + canonical(b.additional) +
-		`,"nonce":` + canonical(b.nonce) + `,"tee-pubkey":{` + key.String() + `}}`))
+	return "{" + key.String() + "}"
 }
 
 func sortedKeys[V any](m map[string]V) []string { return slices.Sorted(maps.Keys(m)) }
@@ -202,8 +206,8 @@ func (s *Server) attestOnce(ctx context.Context, sess *session, a attestation) (
 	if err != nil {
 		return "", f, err
 	}
-	if b.additional != "" {
-		return "", f, errors.New("additional (device) evidence is not supported by this server: send an empty string")
+	if b.additional != "" && s.devices == nil {
+		return "", f, errors.New("additional (device) evidence is not supported by this server: send an empty string, or start it with a folder of RIMs (--gpu-rim-dir)")
 	}
 	digest := b.digest()
 	evidence := map[string]any{"runtime_data_claims": map[string]any{
@@ -228,7 +232,11 @@ func (s *Server) attestOnce(ctx context.Context, sess *session, a attestation) (
 	if f.simulated {
 		evidence["simulated"] = true
 	}
-	token, err := s.tokens.issue(evidence, look, f.simulated, s.now())
+	devices, err := s.verifyDevices(ctx, b)
+	if err != nil {
+		return "", f, err
+	}
+	token, err := s.tokens.issue(evidence, look, devices, f.simulated, s.now())
 	return token, f, err
 }
 

@@ -19,7 +19,8 @@
 //   - A policy that old Trustee would read as "allow all" is refused.
 //   - `sample` evidence and simulated chips need Options.AllowSimulated, and
 //     every token about them says `simulated`.
-//   - RSA1_5 and additional (device) evidence are refused.
+//   - RSA1_5 is refused, and so is additional (device) evidence unless
+//     Options.Devices judges it; every device must pass.
 //   - Tokens about SNP reports name the chip's product, beside Trustee's claims.
 //
 // What it does not know: it evaluates no attestation policy (the appraisal in a
@@ -75,6 +76,12 @@ type Options struct {
 	// are kept in the folder vcek/. Empty: nothing is fetched.
 	KDS string
 
+	// Devices judges evidence of GPUs beside the CPU's; nil: it is refused.
+	// SimulatedDevices says that it trusts other roots than NVIDIA's, which needs
+	// AllowSimulated; claims about such devices say "simulated".
+	Devices          Devices
+	SimulatedDevices bool
+
 	// Rate is how many requests a second one address may send; 0: any number.
 	Rate float64
 
@@ -104,25 +111,27 @@ type verifyReport func(ctx context.Context, r *snp.Report, certs []snp.Cert, rep
 
 // Server is one key broker. Its methods may be called concurrently.
 type Server struct {
-	dialect   Dialect
-	simulated bool // simulated evidence is allowed
-	log       *slog.Logger
-	now       func() time.Time
-	tls       tls.Certificate
-	admin     adminVerifier
-	tokens    *signer
-	sessions  *sessions
-	store     *store
-	engine    *engine
-	verify    verifyReport
-	metrics   *metrics
-	limiter   limiter
-	inFlight  atomic.Int32
+	dialect          Dialect
+	simulated        bool // simulated evidence is allowed
+	simulatedDevices bool
+	log              *slog.Logger
+	now              func() time.Time
+	tls              tls.Certificate
+	admin            adminVerifier
+	tokens           *signer
+	sessions         *sessions
+	store            *store
+	engine           *engine
+	verify           verifyReport
+	devices          Devices
+	metrics          *metrics
+	limiter          limiter
+	inFlight         atomic.Int32
 }
 
 // New opens the folder that Init made.
 func New(o Options) (*Server, error) {
-	s := &Server{dialect: o.Dialect, simulated: o.AllowSimulated, log: o.Logger, now: o.Now, metrics: newMetrics()}
+	s := &Server{dialect: o.Dialect, simulated: o.AllowSimulated, log: o.Logger, now: o.Now, metrics: newMetrics(), devices: o.Devices, simulatedDevices: o.SimulatedDevices}
 	if s.dialect == "" {
 		s.dialect = DialectH
 	}
@@ -134,6 +143,9 @@ func New(o Options) (*Server, error) {
 	}
 	if s.now == nil {
 		s.now = time.Now
+	}
+	if o.SimulatedDevices && !o.AllowSimulated {
+		return nil, errors.New("kbs: roots of simulated GPUs are given, but simulated evidence is not allowed; allow it explicitly (--allow-simulated), or leave the roots out")
 	}
 	if len(o.SimulatedRoots) != 0 && !o.AllowSimulated {
 		return nil, errors.New("kbs: simulated roots are given, but simulated evidence is not allowed; allow it explicitly (--allow-simulated), or leave the roots out")

@@ -531,7 +531,7 @@ func TestForgedToken(t *testing.T) {
 	header, _ := json.Marshal(map[string]any{"typ": "JWT", "alg": "ES256", "jwk": map[string]any{
 		"alg": "ES256", "kty": "EC", "crv": "P-256", "x": b64.EncodeToString(x), "y": b64.EncodeToString(y)}})
 	forger := &signer{key: key, dialect: DialectT, header: b64.EncodeToString(header)}
-	forged, err := forger.issue(map[string]any{"runtime_data_claims": map[string]any{"tee-pubkey": g.jwk}, "snp": map[string]any{"measurement": "x"}}, appraisal{}, false, time.Now())
+	forged, err := forger.issue(map[string]any{"runtime_data_claims": map[string]any{"tee-pubkey": g.jwk}, "snp": map[string]any{"measurement": "x"}}, appraisal{}, nil, false, time.Now())
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -1164,7 +1164,7 @@ func FuzzBearerToken(f *testing.F) {
 		f.Fatal(err)
 	}
 	s := &signer{key: key, dialect: DialectT, header: b64.EncodeToString([]byte(`{"alg":"ES256"}`))}
-	tok, err := s.issue(map[string]any{}, appraisal{}, false, time.Unix(0, 0))
+	tok, err := s.issue(map[string]any{}, appraisal{}, nil, false, time.Unix(0, 0))
 	if err != nil {
 		f.Fatal(err)
 	}

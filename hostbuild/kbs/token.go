@@ -75,14 +75,11 @@ func loadSigner(dir string, d Dialect) (*signer, error) {
 	return &signer{key: key, dialect: d, header: b64.EncodeToString(header)}, nil
 }
 
-// issue makes the token about verified evidence.
-func (s *signer) issue(evidence map[string]any, a appraisal, simulated bool, now time.Time) (string, error) {
-	vector := map[string]any{"executables": a.executables, "hardware": a.hardware, "configuration": a.configuration}
-	submod := map[string]any{
-		"ear.status":                 a.status(),
-		"ear.trustworthiness-vector": vector,
-		"ear.appraisal-policy-id":    "default",
-		annotated:                    evidence,
+// issue makes the token about verified evidence, and that of devices beside it.
+func (s *signer) issue(evidence map[string]any, a appraisal, devices []map[string]any, simulated bool, now time.Time) (string, error) {
+	submods := map[string]any{cpuSubmod: s.submod(evidence, a)}
+	for i, d := range devices {
+		submods[fmt.Sprintf("gpu%d", i)] = s.submod(d, appraiseDevice)
 	}
 	build := "coffer kbs"
 	if simulated {
@@ -93,14 +90,10 @@ func (s *signer) issue(evidence map[string]any, a appraisal, simulated bool, now
 		"iat":             now.Unix(),
 		"exp":             now.Add(tokenLife).Unix(),
 		"ear.verifier-id": map[string]any{"developer": "coffer", "build": build},
-		"submods":         map[string]any{cpuSubmod: submod},
+		"submods":         submods,
 	}
 	if s.dialect == DialectH {
 		payload["iss"] = issuer
-		submod["ear.trustee.identifiers"] = map[string]any{"validated": map[string]any{}}
-		for _, name := range []string{"instance-identity", "file-system", "runtime-opaque", "storage-opaque", "sourced-data"} {
-			vector[name] = 0
-		}
 	}
 	b, err := json.Marshal(payload)
 	if err != nil {
@@ -116,6 +109,24 @@ func (s *signer) issue(evidence map[string]any, a appraisal, simulated bool, now
 	r.FillBytes(sig[:32])
 	ss.FillBytes(sig[32:])
 	return signed + "." + b64.EncodeToString(sig), nil
+}
+
+// submod is the part of a token about one piece of evidence.
+func (s *signer) submod(evidence map[string]any, a appraisal) map[string]any {
+	vector := map[string]any{"executables": a.executables, "hardware": a.hardware, "configuration": a.configuration}
+	submod := map[string]any{
+		"ear.status":                 a.status(),
+		"ear.trustworthiness-vector": vector,
+		"ear.appraisal-policy-id":    "default",
+		annotated:                    evidence,
+	}
+	if s.dialect == DialectH {
+		submod["ear.trustee.identifiers"] = map[string]any{"validated": map[string]any{}}
+		for _, name := range []string{"instance-identity", "file-system", "runtime-opaque", "storage-opaque", "sourced-data"} {
+			vector[name] = 0
+		}
+	}
+	return submod
 }
 
 // verify returns the claims of a token that this server signed and that has not

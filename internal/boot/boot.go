@@ -51,6 +51,7 @@ const (
 	CodeContainerd     Code = "E_CONTAINERD"      // containerd does not come up
 	CodeImage          Code = "E_IMAGE"           // the image cannot be imported
 	CodeWorkload       Code = "E_WORKLOAD"        // the container cannot be started
+	CodeGPU            Code = "E_GPU"             // a GPU or its driver failed attestation
 	CodeAttestation    Code = "E_ATTESTATION"     // an attestation round failed and the action is shutdown
 )
 

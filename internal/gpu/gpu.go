@@ -16,7 +16,10 @@ package gpu
 import (
 	"errors"
 	"fmt"
+	"strings"
 	"time"
+
+	"coffer/internal/gpu/certs"
 )
 
 // Code names the check that failed. Codes are part of the interface: policies and
@@ -82,6 +85,17 @@ const (
 	CodeInternal Code = "internal" // the question could not be put
 )
 
+// Unreachable reports whether the check could not be made since a service gave no
+// usable answer: it says nothing about the device.
+func (c Code) Unreachable() bool {
+	for _, end := range []Code{CodeOCSPUnreachable, CodeOCSPFormat, CodeOCSPResponder, CodeOCSPNonce, CodeOCSPStale, codeRIMFetch} {
+		if strings.HasSuffix(string(c), string(end)) {
+			return true
+		}
+	}
+	return false
+}
+
 // of returns the code of a check of one of the RIMs.
 func (c Code) of(s Source) Code { return Code(string(s) + "-rim-" + string(c)) }
 
@@ -136,6 +150,19 @@ type Evidence struct {
 	VBIOS  string
 	Report []byte // request and response, as NVML returns them
 	Chain  []byte // PEM, leaf to root
+}
+
+// Serial returns the serial number of the key's certificate in a chain, decimal: a
+// device's identity, once the chain is verified.
+func Serial(chain []byte) (string, error) {
+	list, err := certs.ParsePEM(chain)
+	if err == nil && len(list) == 0 {
+		err = errors.New("no certificate")
+	}
+	if err != nil {
+		return "", err
+	}
+	return list[0].SerialNumber.String(), nil
 }
 
 // Settings is NVML's view of the system; see nvmlSystemConfComputeSettings.

@@ -16,6 +16,8 @@ import (
 	"io"
 	"net/netip"
 	"net/url"
+	"path"
+	"path/filepath"
 	"regexp"
 	"slices"
 	"strings"
@@ -83,6 +85,7 @@ type Config struct {
 	UserConfig  UserConfig  `json:"user_config"`
 	Peers       Peers       `json:"peers,omitzero"`
 	API         API         `json:"api,omitzero"`
+	GPU         *GPU        `json:"gpu,omitempty"`
 }
 
 // Peers is what the workload's snpguest accepts of other CVMs' reports, beyond
@@ -182,7 +185,38 @@ type Workload struct {
 	Env         []string `json:"env,omitempty"`  // added to the image's, NAME=value
 	MemoryMiB   int64    `json:"memory_mib"`     // 0: no limit of its own
 	PidsMax     int64    `json:"pids_max"`
-	TmpMiB      int64    `json:"tmp_mib"` // size of /tmp, in RAM
+	TmpMiB      int64    `json:"tmp_mib"`           // size of /tmp, in RAM
+	Restart     string   `json:"restart,omitempty"` // RestartNever where it is ""
+	Profile     Profile  `json:"profile,omitzero"`
+}
+
+// What happens when the workload ends by itself.
+const (
+	RestartNever     = "never"      // the guest ends
+	RestartOnFailure = "on-failure" // it starts again, unless it ended as it should
+	RestartAlways    = "always"     // it starts again
+)
+
+// Profile is what one kind of workload needs beyond a container. The zero value
+// asks for nothing.
+type Profile struct {
+	Name string `json:"name"` // for the log
+	// Remove are files that are removed before each start: patterns of
+	// path.Match, relative to /vault.
+	Remove []string `json:"remove,omitempty"`
+	// Writable are folders that every user of the container can write to; new at
+	// each boot.
+	Writable []string `json:"writable,omitempty"`
+	// Certs is the one of Writable that AMD's certificates are put in, as
+	// ark.pem, ask.pem and vcek.pem.
+	Certs string `json:"certs,omitempty"`
+	// StopFile asks for an orderly end by its existence, relative to /vault; ""
+	// means the image's stop signal. StopSeconds is how long the end may take.
+	StopFile    string `json:"stop_file,omitempty"`
+	StopSeconds int    `json:"stop_seconds,omitempty"`
+	// Lasting is a workload that does not end by itself: an end that nobody asked
+	// for is a failure, even with exit code 0.
+	Lasting bool `json:"lasting,omitempty"`
 }
 
 // UserConfig pins the drive user_config.
@@ -300,6 +334,42 @@ var (
 	hostName = regexp.MustCompile(`^[a-zA-Z0-9]([a-zA-Z0-9._-]{0,252})$`)
 )
 
+// FeatureNFS names what NFS needs, in the load list of the initrd's modules.
+const FeatureNFS = "nfs"
+
+// NFS reports whether the guest may mount NFS: the port is open to it. Its
+// kernel modules are loaded only then.
+func (c *Config) NFS() bool {
+	return slices.Contains(c.Network.AllowedOutPorts, Port{Port: 2049, Proto: "tcp"})
+}
+
+const maxResources = 64
+
+// faults are what is wrong with a profile.
+func (p Profile) faults() (faults []string) {
+	fault := func(format string, a ...any) { faults = append(faults, fmt.Sprintf(format, a...)) }
+	for _, pattern := range p.Remove {
+		if _, err := path.Match(pattern, ""); err != nil || !filepath.IsLocal(pattern) {
+			fault("remove: %q is no pattern of files below /vault", pattern)
+		}
+	}
+	for _, dir := range p.Writable {
+		if !path.IsAbs(dir) || path.Clean(dir) != dir || dir == "/" {
+			fault("writable: %q is not the clean path of a folder", dir)
+		}
+	}
+	if p.Certs != "" && !slices.Contains(p.Writable, p.Certs) {
+		fault("certs: %q is none of writable", p.Certs)
+	}
+	if p.StopFile != "" && !filepath.IsLocal(p.StopFile) {
+		fault("stop_file: %q is not below /vault", p.StopFile)
+	}
+	if p.StopSeconds < 0 || p.StopSeconds > 300 || (p.StopFile != "") != (p.StopSeconds > 0) {
+		fault("stop_seconds %d: 1 to 300 with a stop_file, else 0", p.StopSeconds)
+	}
+	return faults
+}
+
 // ValidCVMID reports whether id has the form cvm_<12 lower-case hex>.
 func ValidCVMID(id string) bool { return cvmID.MatchString(id) }
 
@@ -382,6 +452,29 @@ func (c *Config) Validate() error {
 	check(digest.MatchString(w.ImageDigest), "workload.image_digest %q is not sha256:<hex>", w.ImageDigest)
 	for _, e := range w.Env {
 		check(strings.Index(e, "=") > 0, "workload.env %q is not NAME=value", e)
+	}
+	check(slices.Contains([]string{"", RestartNever, RestartOnFailure, RestartAlways}, w.Restart), "workload.restart %q is not never, on-failure or always", w.Restart)
+	for _, fault := range w.Profile.faults() {
+		check(false, "workload.profile: %s", fault)
+	}
+	for _, fault := range c.GPU.faults(c.Platform) {
+		check(false, "gpu: %s", fault)
+	}
+	for product, t := range c.Peers.MinTCB {
+		check(slices.Contains([]string{"Milan", "Genoa", "Turin"}, product), "peers.min_tcb: %q is not Milan, Genoa or Turin", product)
+		check(t.FMC == nil || product == "Turin", "peers.min_tcb: %s has no fmc", product)
+	}
+	for _, m := range c.Peers.Measurements {
+		check(isHex(m, 48), "peers.measurements: %q is not 96 hex characters", m)
+	}
+	check(len(c.API.Resources) <= maxResources, "api.resources: %d, at most %d", len(c.API.Resources), maxResources)
+	for _, r := range c.API.Resources {
+		check(resource.MatchString(r), "api.resources: %q is not repository/type/tag", r)
+		check(path.Dir(r) != path.Dir(c.KBS.KeyPath) && r != c.KBS.CanaryPath, "api.resources: %q: the workload gets no disk's key and no canary", r)
+	}
+	if c.API.KDS != "" {
+		u, err := url.Parse(c.API.KDS)
+		check(err == nil && u.Scheme == "https" && u.Host != "" && u.User == nil && u.Path == "" && u.RawQuery == "", "api.kds %q is not https://host", c.API.KDS)
 	}
 	check(w.MemoryMiB >= 0 && w.PidsMax > 0 && w.TmpMiB > 0, "workload: memory_mib, pids_max or tmp_mib is out of range")
 

@@ -2,23 +2,18 @@ package snpguest
 
 import (
 	"crypto/ecdsa"
-	"crypto/elliptic"
-	"crypto/rand"
 	"crypto/sha512"
-	"crypto/x509"
 	"encoding/base64"
-	"encoding/binary"
 	"encoding/hex"
 	"encoding/pem"
-	"errors"
 	"fmt"
-	"math/big"
 	"os"
 	"slices"
 	"strconv"
 	"strings"
 
 	"coffer/internal/measure"
+	"coffer/internal/snp/idblock"
 )
 
 // maxFirmware bounds a firmware file.
@@ -205,42 +200,6 @@ func generateOVMFHash(r *run, a *args) error {
 	return r.output(text, a, "hash-file")
 }
 
-// Sizes of the firmware ABI's ECDSA structures.
-const (
-	pointSize = 72
-	sigSize   = 512
-	keySize   = 1028
-)
-
-func littleEndian(v *big.Int) []byte {
-	b := v.FillBytes(make([]byte, pointSize))
-	slices.Reverse(b)
-	return b
-}
-
-// keyBytes is a public key as the firmware hashes it: curve, x, y, zeros.
-func keyBytes(k *ecdsa.PublicKey) ([]byte, error) {
-	p, err := k.Bytes() // 4, x, y
-	if err != nil {
-		return nil, err
-	}
-	b := binary.LittleEndian.AppendUint32(make([]byte, 0, keySize), 2) // P-384
-	half := (len(p) - 1) / 2
-	b = append(b, littleEndian(new(big.Int).SetBytes(p[1:1+half]))...)
-	b = append(b, littleEndian(new(big.Int).SetBytes(p[1+half:]))...)
-	return b[:keySize], nil
-}
-
-func signBytes(k *ecdsa.PrivateKey, data []byte) ([]byte, error) {
-	digest := sha512.Sum384(data)
-	r, s, err := ecdsa.Sign(rand.Reader, k, digest[:])
-	if err != nil {
-		return nil, err
-	}
-	b := append(make([]byte, 0, sigSize), littleEndian(r)...)
-	return append(b, littleEndian(s)...)[:sigSize], nil
-}
-
 // readPrivateKey reads a P-384 key: PEM or DER, PKCS #8 or SEC 1.
 func readPrivateKey(path string) (*ecdsa.PrivateKey, error) {
 	b, err := readFile(path)
@@ -248,28 +207,15 @@ func readPrivateKey(path string) (*ecdsa.PrivateKey, error) {
 		return nil, err
 	}
 	defer clear(b)
-	der := b
-	if block, _ := pem.Decode(b); block != nil {
-		der = block.Bytes
-		defer clear(der)
-	}
-	k, err := x509.ParseECPrivateKey(der)
-	if err != nil {
-		var key any
-		if key, err = x509.ParsePKCS8PrivateKey(der); err == nil {
-			var isEC bool
-			if k, isEC = key.(*ecdsa.PrivateKey); !isEC {
-				err = errors.New("not an EC key")
-			}
+	k, err := idblock.ParseKey(b)
+	for _, kind := range []string{"EC PRIVATE KEY", "PRIVATE KEY"} {
+		if block, _ := pem.Decode(b); err != nil && block == nil {
+			text := pem.EncodeToMemory(&pem.Block{Type: kind, Bytes: b})
+			k, err = idblock.ParseKey(text)
+			clear(text)
 		}
 	}
 	if err != nil {
-		return nil, fmt.Errorf("private key %s: %w", path, err)
-	}
-	if k.Curve != elliptic.P384() {
-		return nil, errors.New("Wrong curve used in the provided private key")
-	}
-	if _, err := k.ECDH(); err != nil { // the point must lie on the curve
 		return nil, fmt.Errorf("private key %s: %w", path, err)
 	}
 	return k, nil
@@ -283,11 +229,10 @@ func generateKeyDigest(r *run, a *args) error {
 	if err != nil {
 		return err
 	}
-	b, err := keyBytes(&k.PublicKey)
+	digest, err := idblock.KeyDigest(&k.PublicKey)
 	if err != nil {
 		return err
 	}
-	digest := sha512.Sum384(b)
 	r.printf("Key Digest:\n")
 	return r.output(hex.EncodeToString(digest[:]), a, "key-digest-file")
 }
@@ -303,9 +248,9 @@ func generateIDBlock(r *run, a *args) error {
 	if _, err := number(a, "version", 1, 32); err != nil {
 		return err
 	}
-	policy := uint64(0x30000)
+	b := idblock.Block{GuestSVN: uint32(svn), Policy: 0x30000}
 	if text, given := a.options["policy"]; given {
-		if policy, err = strconv.ParseUint(strings.TrimPrefix(text, "0x"), base(text), 64); err != nil {
+		if b.Policy, err = strconv.ParseUint(strings.TrimPrefix(text, "0x"), base(text), 64); err != nil {
 			return usagef("invalid value '%s' for '--policy <policy>'", text)
 		}
 	}
@@ -321,20 +266,30 @@ func generateIDBlock(r *run, a *args) error {
 	if err != nil {
 		return fmt.Errorf("launch digest: %w", err)
 	}
-	block := slices.Clone(digest)
-	for _, name := range []string{"family-id", "image-id"} {
-		id, given := a.options[name]
-		if given && len(id) != 16 {
-			return fmt.Errorf("Invalid %s Id length!", strings.ToUpper(name[:1])+name[1:len(name)-3])
+	copy(b.LaunchDigest[:], digest)
+	for _, f := range []struct {
+		name, option string
+		id           *[16]byte
+	}{{"Family", "family-id", &b.FamilyID}, {"Image", "image-id", &b.ImageID}} {
+		id, given := a.options[f.option]
+		if given && len(id) != len(f.id) {
+			return fmt.Errorf("Invalid %s Id length!", f.name)
 		}
-		block = append(block, make([]byte, 16)...)
-		copy(block[len(block)-16:], id)
+		copy(f.id[:], id)
 	}
-	le := binary.LittleEndian
-	block = le.AppendUint64(le.AppendUint32(le.AppendUint32(block, 1), uint32(svn)), policy)
-
-	auth, err := authBlock(block, a.positional[0], a.positional[1])
+	idKey, err := readPrivateKey(a.positional[0])
 	if err != nil {
+		return err
+	}
+	authorKey, err := readPrivateKey(a.positional[1])
+	if err != nil {
+		return err
+	}
+	block, auth, err := idblock.Sign(b, idKey)
+	if err != nil {
+		return err
+	}
+	if err := idblock.Authorize(auth, authorKey); err != nil {
 		return err
 	}
 	texts := []string{base64.StdEncoding.EncodeToString(block), base64.StdEncoding.EncodeToString(auth)}
@@ -347,41 +302,4 @@ func generateIDBlock(r *run, a *args) error {
 	}
 	r.printf("ID-BLOCK:\n%s\nAUTH-BLOCK:\n%s\n", texts[0], texts[1])
 	return nil
-}
-
-// authBlock is the ID authentication information of an ID block: the firmware
-// ABI's ID_AUTH_INFO.
-func authBlock(block []byte, idKeyFile, authorKeyFile string) ([]byte, error) {
-	idKey, err := readPrivateKey(idKeyFile)
-	if err != nil {
-		return nil, err
-	}
-	authorKey, err := readPrivateKey(authorKeyFile)
-	if err != nil {
-		return nil, err
-	}
-	idPublic, err := keyBytes(&idKey.PublicKey)
-	if err != nil {
-		return nil, err
-	}
-	authorPublic, err := keyBytes(&authorKey.PublicKey)
-	if err != nil {
-		return nil, err
-	}
-	blockSig, err := signBytes(idKey, block)
-	if err != nil {
-		return nil, err
-	}
-	keySig, err := signBytes(authorKey, idPublic)
-	if err != nil {
-		return nil, err
-	}
-	auth := make([]byte, 4096)
-	binary.LittleEndian.PutUint32(auth, 1)     // ECDSA P-384 with SHA-384
-	binary.LittleEndian.PutUint32(auth[4:], 1) // the author key's, the same
-	copy(auth[0x40:], blockSig)
-	copy(auth[0x240:], idPublic)
-	copy(auth[0x680:], keySig)
-	copy(auth[0x880:], authorPublic)
-	return auth, nil
 }

@@ -79,7 +79,7 @@ func fixtures(t *testing.T, testdata string) {
 		}
 		write(t, name, b)
 	}
-	write(t, "ovmf", syntheticOVMF(t, filepath.Join(testdata, "../../measure/testdata/vectors.json")))
+	write(t, "ovmf", syntheticOVMF(t, filepath.Join(testdata, "../../../internal/measure/testdata/vectors.json")))
 	write(t, "kernel", []byte("a kernel"))
 	write(t, "initrd", []byte("an initrd"))
 	write(t, "empty", nil)
@@ -556,8 +556,8 @@ func TestFetchCA(t *testing.T) {
 	}
 }
 
-// The auth block is signed by fresh random numbers, so it is verified in place
-// of compared.
+// virtee's program signs with random numbers, so signatures are verified in
+// place of compared.
 func TestIDBlock(t *testing.T) {
 	here, _ := filepath.Abs("testdata")
 	t.Chdir(t.TempDir())

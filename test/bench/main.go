@@ -39,12 +39,11 @@ func main() {
 	bin := flag.String("bin", "bin", "folder of the built programs")
 	base := flag.String("base", "build/base/simulated", "a simulated guest base")
 	runs := flag.Int("runs", 3, "runs of each figure; the median counts")
-	buildOnly := flag.Bool("build-only", false, "only the figures of building")
-	kbsOnly := flag.Bool("kbs-only", false, "only the figures of the KBS; needs no base")
+	only := flag.String("only", "", "figures of one part: kbs or build")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	if err := run(ctx, *bin, *base, *runs, *buildOnly, *kbsOnly); err != nil {
+	if err := run(ctx, *bin, *base, *runs, *only); err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}
@@ -54,7 +53,7 @@ func figure(name string, value float64, unit string, floor float64) {
 	fmt.Printf("bench %s value=%.4g unit=%s floor=%.4g ratio=%.3g\n", name, value, unit, floor, value/floor)
 }
 
-func run(ctx context.Context, bin, base string, runs int, buildOnly, kbsOnly bool) error {
+func run(ctx context.Context, bin, base string, runs int, only string) error {
 	bin, err := filepath.Abs(bin)
 	if err != nil {
 		return err
@@ -69,16 +68,13 @@ func run(ctx context.Context, bin, base string, runs int, buildOnly, kbsOnly boo
 	if err != nil {
 		return err
 	}
+	defer os.RemoveAll(dir)
 	if dir, err = filepath.Abs(dir); err != nil {
 		return err
 	}
-	if err != nil {
-		return err
-	}
-	defer os.RemoveAll(dir)
 	env := &harness.Env{Bin: bin, Base: base, Dir: dir, Log: io.Discard}
-	if !buildOnly {
-		if err := kbsbench.Run(ctx, env, figure); err != nil || kbsOnly {
+	if only != "build" {
+		if err := kbsbench.Run(ctx, env, figure); err != nil || only == "kbs" {
 			return err
 		}
 	}
@@ -101,7 +97,7 @@ func run(ctx context.Context, bin, base string, runs int, buildOnly, kbsOnly boo
 	}
 	b := &bench{env: env, kbs: kbs, settings: settings, archive: archive, runs: runs}
 	figures := []func(context.Context) error{b.build, b.sizes, b.boot}
-	if buildOnly {
+	if only == "build" {
 		figures = figures[:2]
 	}
 	for _, f := range figures {

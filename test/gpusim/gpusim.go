@@ -32,7 +32,7 @@ import (
 var (
 	Begin   = time.Date(2025, 1, 1, 0, 0, 0, 0, time.UTC)
 	Now     = time.Date(2026, 6, 1, 0, 0, 0, 0, time.UTC)
-	RIMEnd  = time.Date(2027, 1, 1, 0, 0, 0, 0, time.UTC)
+	RIMEnd  = time.Date(2099, 1, 1, 0, 0, 0, 0, time.UTC)
 	Forever = time.Date(9999, 12, 31, 23, 59, 59, 0, time.UTC)
 )
 

@@ -20,6 +20,7 @@ import (
 	"time"
 
 	"coffer/hostbuild/bundle"
+	"coffer/hostbuild/disk"
 	"coffer/internal/testenv"
 	"coffer/test/dockersave"
 	"coffer/test/harness"
@@ -43,6 +44,17 @@ type line struct {
 
 func setup(t *testing.T) *line {
 	t.Helper()
+	l := setupKBS(t)
+	ctx, cancel := context.WithTimeout(t.Context(), buildDeadline)
+	defer cancel()
+	l.a = l.build(t, ctx, "a")
+	l.b = l.build(t, ctx, "b")
+	return l
+}
+
+// setupKBS is a line without bundles.
+func setupKBS(t *testing.T) *line {
+	t.Helper()
 	root, err := filepath.Abs("../..")
 	if err != nil {
 		t.Fatal(err)
@@ -65,8 +77,6 @@ func setup(t *testing.T) *line {
 	if l.settings, err = l.kbs.Settings(); err != nil {
 		t.Fatal(err)
 	}
-	l.a = l.build(t, ctx, "a")
-	l.b = l.build(t, ctx, "b")
 	return l
 }
 
@@ -205,6 +215,7 @@ func TestScenarios(t *testing.T) {
 				t.Errorf("verity did not stop the machine:\n%s", text)
 			}
 		}},
+		{"UserConfigChanged", userConfigChanged},
 		{"RuleRemovedWhileRunning", ruleRemoved},
 		{"KBSUnreachable", kbsUnreachable},
 		{"NoKeyAnywhere", noKeyAnywhere}, // last: it looks at what all the others left
@@ -323,6 +334,21 @@ func payloadByteFlipped(t *testing.T, l *line, at int64) *guest {
 	block[offset&511] ^= 1
 	diskWrite(t, disk, offset&^511, block)
 	return boot(t, b)
+}
+
+// userConfigChanged gives the guest another drive in place of the one that was
+// built: that one is plain, and the host can write what it likes.
+func userConfigChanged(t *testing.T, l *line) {
+	b := l.copyOf(t, l.a)
+	err := disk.BuildDrive(t.Context(), disk.DriveParams{
+		Out: b.File("user_config.qcow2"), Size: 1 << 30, Label: "user_config", Time: time.Now(),
+		Files: []disk.File{{Path: "/demo/greeting.txt", Mode: 0o100644, Data: []byte("good MORNING a\n")}},
+	})
+	if err != nil {
+		t.Fatal(err)
+	}
+	g := boot(t, b)
+	g.refused("user_config", "E_USER_CONFIG", `\"demo/greeting.txt\" was changed`)
 }
 
 func ruleRemoved(t *testing.T, l *line) {

@@ -36,7 +36,7 @@ type Options struct {
 }
 
 // features are given in full, so that the build host's mke2fs.conf has no say.
-// resize_inode is missing: the drives never grow.
+// resize_inode is missing: resize2fs, which works offline here, does without.
 const features = "none,has_journal,ext_attr,dir_index,filetype,extent,64bit,flex_bg,sparse_super,large_file,huge_file,dir_nlink,extra_isize,metadata_csum"
 
 // Make puts an empty file system on the whole of the file at path, whose size is

@@ -25,6 +25,9 @@ type Item struct {
 	Mode   uint32 // permissions
 	Source string // host file to copy, or
 	Link   string // target of a symbolic link, or neither: a directory
+	// There says that the name is there already: a directory then stays, with the
+	// new permissions, and a file or link is replaced.
+	There bool
 }
 
 // Populate puts items into the file system in the file at image, with now as
@@ -73,13 +76,18 @@ func (it Item) put(line func(words ...string) error, cwd *string) error {
 	}
 	typ := uint32(0o040000)
 	var err error
+	if it.There && it.Source+it.Link != "" {
+		if err := line("rm", name); err != nil {
+			return err
+		}
+	}
 	switch {
 	case it.Link != "":
 		return line("symlink", name, it.Link)
 	case it.Source != "":
 		typ = 0o100000
 		err = line("write", it.Source, name)
-	default:
+	case !it.There:
 		err = line("mkdir", name)
 	}
 	if err != nil {

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"sort"
 )
 
 // ErrInvalid is wrapped by every error about an image's contents.
@@ -135,6 +136,30 @@ func (r *Reader) add(e extent) {
 
 // Size is the virtual size in bytes.
 func (r *Reader) Size() int64 { return r.size }
+
+// ReadAt reads the virtual disk.
+func (r *Reader) ReadAt(p []byte, off int64) (int, error) {
+	if off < 0 || off > r.size {
+		return 0, fmt.Errorf("qcow2: offset %d lies outside the disk of %d", off, r.size)
+	}
+	short := int64(len(p)) > r.size-off
+	if short {
+		p = p[:r.size-off]
+	}
+	clear(p)
+	i := sort.Search(len(r.extents), func(i int) bool { return r.extents[i].virtual+r.extents[i].length > off })
+	for end := off + int64(len(p)); i < len(r.extents) && r.extents[i].virtual < end; i++ {
+		e := r.extents[i]
+		from, to := max(off, e.virtual), min(end, e.virtual+e.length)
+		if _, err := readFull(r.f, p[from-off:to-off], e.file+from-e.virtual); err != nil {
+			return 0, fmt.Errorf("qcow2: read at %d: %w", from, err)
+		}
+	}
+	if short {
+		return len(p), io.EOF
+	}
+	return len(p), nil
+}
 
 // CopyTo writes the allocated parts of the disk to their places in w.
 // The rest is zero.

@@ -69,7 +69,7 @@ func TestFlips(t *testing.T) {
 				a[at] ^= 1
 				return a
 			}
-			return a[:at-size]
+			return a[:min(at-size, len(a)-1)] // signatures differ in length
 		})
 		_, err := c.Check(t.Context(), chain, 1)
 		if err == nil {

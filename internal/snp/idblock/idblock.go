@@ -32,13 +32,15 @@ const (
 )
 
 const (
-	version        = 1
-	algoECDSAP384  = 1 // ECDSA on P-384 with SHA-384
-	curveP384      = 2
-	fieldSize      = 72   // a coordinate or a half of a signature, little endian
-	publicKeySize  = 1028 // curve, QX, QY, zeros
-	offsetBlockSig = 0x40
-	offsetIDKey    = 0x240
+	version         = 1
+	algoECDSAP384   = 1 // ECDSA on P-384 with SHA-384
+	curveP384       = 2
+	fieldSize       = 72   // a coordinate or a half of a signature, little endian
+	publicKeySize   = 1028 // curve, QX, QY, zeros
+	offsetBlockSig  = 0x40
+	offsetIDKey     = 0x240
+	offsetIDKeySig  = 0x680
+	offsetAuthorKey = 0x880
 )
 
 // ErrKey is wrapped by ParseKey's errors.
@@ -71,22 +73,43 @@ func Sign(b Block, key *ecdsa.PrivateKey) (block, auth []byte, err error) {
 		return nil, nil, err
 	}
 	block = b.Marshal()
-	digest := sha512.Sum384(block)
-	der, err := key.Sign(nil, digest[:], crypto.SHA384)
-	if err != nil {
-		return nil, nil, fmt.Errorf("sign the ID block: %w", err)
-	}
-	var sig struct{ R, S *big.Int }
-	if _, err := asn1.Unmarshal(der, &sig); err != nil {
-		return nil, nil, fmt.Errorf("sign the ID block: %w", err)
-	}
 	auth = make([]byte, AuthSize)
 	binary.LittleEndian.PutUint32(auth, algoECDSAP384)
 	binary.LittleEndian.PutUint32(auth[4:], algoECDSAP384) // of an author key, which there is none of
-	putLittleEndian(auth[offsetBlockSig:], sig.R)
-	putLittleEndian(auth[offsetBlockSig+fieldSize:], sig.S)
+	if err := putSignature(auth[offsetBlockSig:], key, block); err != nil {
+		return nil, nil, fmt.Errorf("sign the ID block: %w", err)
+	}
 	copy(auth[offsetIDKey:], id)
 	return block, auth, nil
+}
+
+// Authorize puts an author key into the authentication that Sign has made: it
+// vouches for the ID key.
+func Authorize(auth []byte, author *ecdsa.PrivateKey) error {
+	public, err := publicKey(&author.PublicKey)
+	if err != nil {
+		return err
+	}
+	if err := putSignature(auth[offsetIDKeySig:], author, auth[offsetIDKey:][:publicKeySize]); err != nil {
+		return fmt.Errorf("sign the ID key: %w", err)
+	}
+	copy(auth[offsetAuthorKey:], public)
+	return nil
+}
+
+func putSignature(dst []byte, key *ecdsa.PrivateKey, data []byte) error {
+	digest := sha512.Sum384(data)
+	der, err := key.Sign(nil, digest[:], crypto.SHA384)
+	if err != nil {
+		return err
+	}
+	var sig struct{ R, S *big.Int }
+	if _, err := asn1.Unmarshal(der, &sig); err != nil {
+		return err
+	}
+	putLittleEndian(dst, sig.R)
+	putLittleEndian(dst[fieldSize:], sig.S)
+	return nil
 }
 
 // KeyDigest is what reports of guests with a block of this key hold as IDKeyDigest.

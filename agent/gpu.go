@@ -1,0 +1,108 @@
+package agent
+
+import (
+	"context"
+	"crypto/rand"
+	"crypto/x509"
+	"errors"
+	"fmt"
+	"io/fs"
+	"net/http"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"time"
+
+	"coffer/agent/gpus"
+	"coffer/internal/gpu"
+	"coffer/internal/gpu/certs"
+	"coffer/internal/gpu/helper"
+	"coffer/internal/gpu/ocsp"
+	"coffer/internal/gpu/rim"
+	"coffer/internal/guestconfig"
+)
+
+const (
+	gpuServiceTime = 20 * time.Second // an answer of a RIM or OCSP service
+	rimTTL         = 24 * time.Hour
+)
+
+// newGPUs makes the guard of the guest's GPUs out of the verity root's files. run
+// is a tmpfs.
+func newGPUs(c *guestconfig.GPU, run string, start func(*exec.Cmd) (func() error, error), printf func(string, ...any)) (*gpus.Guard, error) {
+	program := &helper.Helper{Path: guestconfig.GPUHelperPath, Library: guestconfig.NVMLPath, Start: start}
+	policy := gpu.Policy{
+		Drivers: c.Drivers, VBIOSes: c.VBIOSes, OCSP: gpu.OCSP(c.OCSP), AllowHold: c.AllowHold, AllowExpiredRIM: c.AllowExpiredRIM, Count: c.Count,
+	}
+	g := &gpus.Guard{Source: program, Policy: policy, Count: c.Count, Send: c.Mode != guestconfig.GPULocal, Printf: printf}
+	if c.Mode == guestconfig.GPUTrustee {
+		return g, nil
+	}
+	client := &http.Client{Timeout: gpuServiceTime}
+	v := &gpu.Verifier{
+		Policy: policy, Now: time.Now,
+		OCSP: &ocsp.Client{URL: ocsp.URL, HTTP: client, Now: time.Now, Rand: rand.Reader, MaxAge: time.Duration(c.OCSPMaxAge) * time.Second},
+	}
+	var err error
+	if v.DeviceRoot, err = gpuRoot(c.DeviceRoot, certs.DeviceRoot); err != nil {
+		return nil, err
+	}
+	if v.RIMRoot, err = gpuRoot(c.RIMRoot, certs.RIMRoot); err != nil {
+		return nil, err
+	}
+	pins := c.RIMs
+	if pins == nil {
+		pins = []string{} // a file that is not pinned is not used
+	}
+	v.RIMs = rim.Dir{Path: guestconfig.GPURIMPath, Pins: pins}
+	if c.RIMService != "" {
+		service := &rim.Cache{Source: rim.Service{URL: c.RIMService, Client: client}, TTL: rimTTL, Now: time.Now}
+		v.RIMs = rim.First{v.RIMs, service}
+	}
+	if policy.OCSP == gpu.OCSPAllowCached {
+		kept := filepath.Join(run, "coffer", "ocsp")
+		if err := os.CopyFS(kept, os.DirFS(guestconfig.GPUOCSPPath)); err != nil && !errors.Is(err, fs.ErrNotExist) {
+			return nil, fmt.Errorf("OCSP answers of the bundle: %w", err)
+		}
+		if err := os.MkdirAll(kept, 0o700); err != nil {
+			return nil, err
+		}
+		v.OCSP.Cache = ocsp.Dir(kept)
+	}
+	g.Judges = []gpus.Judge{v}
+	return g, nil
+}
+
+func gpuRoot(text string, builtIn func() *x509.Certificate) (*x509.Certificate, error) {
+	if text == "" {
+		return builtIn(), nil
+	}
+	list, err := certs.ParsePEM([]byte(text))
+	if err == nil && len(list) != 1 {
+		err = fmt.Errorf("%d certificates, want one", len(list))
+	}
+	if err != nil {
+		return nil, fmt.Errorf("root of simulated GPUs: %w", err)
+	}
+	return list[0], nil
+}
+
+// gpuTime is what a round's GPUs may add to its time.
+func (a *agent) gpuTime() time.Duration {
+	if a.cfg.GPU == nil {
+		return 0
+	}
+	n := a.cfg.GPU.Count
+	if n == 0 {
+		n = gpu.MaxDevices
+	}
+	return helper.DefaultTimeout(helper.OpCollect, n)
+}
+
+// AdditionalEvidence is that of the GPUs, where the guest has any.
+func (a attester) AdditionalEvidence(ctx context.Context, digest [48]byte) (string, error) {
+	if a.gpus == nil {
+		return "", nil
+	}
+	return a.gpus.AdditionalEvidence(ctx, digest)
+}

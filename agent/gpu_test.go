@@ -1,0 +1,118 @@
+package agent
+
+import (
+	"context"
+	"errors"
+	"net/netip"
+	"os"
+	"path/filepath"
+	"testing"
+
+	"coffer/agent/gpus"
+	"coffer/internal/firewall"
+	"coffer/internal/gpu"
+	"coffer/internal/guestconfig"
+	"coffer/kbsclient"
+	"coffer/test/gpusim"
+)
+
+// device is one GPU without gpu-helper.
+type device struct {
+	*gpusim.Device
+	lost  bool
+	ready []bool // as it was set
+}
+
+func (d *device) Settings(context.Context) (gpu.Settings, error) {
+	return gpu.Settings{CPU: gpu.CPUSEVSNP, Environment: gpu.EnvironmentOn, Feature: 1}, nil
+}
+
+func (d *device) Collect(_ context.Context, nonce [32]byte) ([]gpu.Evidence, error) {
+	if d.lost {
+		return nil, &gpu.Error{Code: "nvml", Err: errors.New("GPU is lost")}
+	}
+	return []gpu.Evidence{d.Evidence(nonce)}, nil
+}
+
+func (d *device) SetReady(_ context.Context, ready bool) error {
+	d.ready = append(d.ready, ready)
+	return nil
+}
+
+func (d *device) KeepInitialised(context.Context) error { return nil }
+
+// TestGPURound: the KBS's answer alone lets the GPUs work, a GPU that fails ends
+// that, and the CPU's evidence is asked for after theirs.
+func TestGPURound(t *testing.T) {
+	w := gpusim.NewWorld()
+	d := &device{Device: w.NewDevice(gpu.Hopper)}
+	var denied error
+	k := &countingKBS{f: func(_ int, a kbsclient.Attester) error {
+		text, err := a.(kbsclient.DeviceAttester).AdditionalEvidence(context.Background(), [48]byte{1})
+		if err != nil {
+			return err
+		}
+		if devices, err := gpu.ParseEvidence(text); err != nil || len(devices) != 1 {
+			t.Errorf("evidence %q: %v", text, err)
+		}
+		return denied
+	}}
+	addrs := []netip.Addr{netip.MustParseAddr("192.0.2.1")}
+	var rules []firewall.Rules
+	v := &verifier{kbs: k, net: testNetwork(t, "https://kbs", &addrs, &rules), source: &source{}, canary: "a/b/c",
+		gpus: &gpus.Guard{Source: d, Send: true, Printf: t.Logf}}
+	denied = kbsError("PolicyDeny")
+	if err := v.round(t.Context()); !errors.Is(err, kbsclient.ErrPolicyDenied) || len(d.ready) != 0 {
+		t.Errorf("denied: %v, ready set %v", err, d.ready)
+	}
+	denied = nil
+	if err := v.round(t.Context()); err != nil || len(d.ready) != 1 || !d.ready[0] {
+		t.Errorf("passed: %v, ready set %v", err, d.ready)
+	}
+	d.lost = true
+	if err := v.round(t.Context()); gpu.CodeOf(err) != "nvml" || len(d.ready) != 2 || d.ready[1] {
+		t.Errorf("lost: %v, ready set %v", err, d.ready)
+	}
+	// A guest without GPUs sends none.
+	if text, err := (attester{Source: &source{}}).AdditionalEvidence(t.Context(), [48]byte{}); text != "" || err != nil {
+		t.Errorf("without GPUs: %q, %v", text, err)
+	}
+}
+
+// TestNewGPUs makes guards as the guest config asks.
+func TestNewGPUs(t *testing.T) {
+	pem := string(gpusim.PEM([]*gpusim.Authority{gpusim.NewRoot("x")}))
+	for _, m := range []struct {
+		name   string
+		cfg    guestconfig.GPU
+		judges int
+		send   bool
+		bad    bool
+	}{
+		{"local", guestconfig.GPU{Mode: guestconfig.GPULocal, OCSP: "require"}, 1, false, false},
+		{"trustee", guestconfig.GPU{Mode: guestconfig.GPUTrustee, OCSP: "off"}, 0, true, false},
+		{"both", guestconfig.GPU{Mode: guestconfig.GPULocalTrustee, OCSP: "off"}, 1, true, false},
+		{"cached", guestconfig.GPU{Mode: guestconfig.GPULocal, OCSP: "allow_cached", OCSPMaxAge: 60}, 1, false, false},
+		{"roots", guestconfig.GPU{Mode: guestconfig.GPULocal, OCSP: "off", DeviceRoot: pem, RIMRoot: pem}, 1, false, false},
+		{"no root", guestconfig.GPU{Mode: guestconfig.GPULocal, OCSP: "off", DeviceRoot: "x"}, 0, false, true},
+		{"two roots", guestconfig.GPU{Mode: guestconfig.GPULocal, OCSP: "off", RIMRoot: pem + pem}, 0, false, true},
+	} {
+		t.Run(m.name, func(t *testing.T) {
+			run := t.TempDir()
+			g, err := newGPUs(&m.cfg, run, nil, t.Logf)
+			if (err != nil) != m.bad {
+				t.Fatal(err)
+			}
+			if err != nil {
+				return
+			}
+			if len(g.Judges) != m.judges || g.Send != m.send {
+				t.Errorf("%d judges, send %t", len(g.Judges), g.Send)
+			}
+			_, err = os.Stat(filepath.Join(run, "coffer", "ocsp"))
+			if (err == nil) != (m.cfg.OCSP == "allow_cached") {
+				t.Errorf("folder of kept answers: %v", err)
+			}
+		})
+	}
+}

@@ -1,0 +1,178 @@
+// Package gpus watches over the guest's NVIDIA GPUs: it lets them work only after
+// all of them were attested, asks again in every round, and takes their leave to
+// work back when one fails.
+//
+// Each round asks with a nonce of the KBS's handshake, so that GPU evidence is as
+// fresh as the CPU's; where it is sent along, the CPU's report covers it. The
+// devices of the first round are the ones: another, or a further one, is a failure.
+//
+// Taking back is for good: the driver accepts work again only after the VM was
+// restarted. So it happens on what a device has answered, or its driver has failed
+// at, not when a RIM or OCSP service could not be reached.
+package gpus
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"slices"
+	"strings"
+	"sync"
+
+	"coffer/internal/gpu"
+)
+
+// CodeIdentity is a GPU that is another one than at the first round.
+const CodeIdentity gpu.Code = "device-changed"
+
+// Source is the GPUs; *helper.Helper is one.
+type Source interface {
+	Settings(context.Context) (gpu.Settings, error)
+	Collect(ctx context.Context, nonce [32]byte) ([]gpu.Evidence, error)
+	SetReady(ctx context.Context, ready bool) error
+	// KeepInitialised keeps the session with a GPU while nobody uses it.
+	KeepInitialised(context.Context) error
+}
+
+// Judge judges evidence; *gpu.Verifier is one.
+type Judge interface {
+	VerifyAll(ctx context.Context, devices []gpu.Evidence, nonce [32]byte) ([]*gpu.Result, error)
+}
+
+// Guard watches over the GPUs of one guest. It is safe for concurrent use.
+type Guard struct {
+	Source Source
+	Policy gpu.Policy // for the settings
+	Judges []Judge    // all must be content; none where the KBS alone judges
+	Send   bool       // the KBS gets the evidence, too
+	Count  int        // of GPUs; 0: as many as the first round had
+	Printf func(format string, a ...any)
+
+	mu     sync.Mutex
+	known  []string // what tells the devices apart: serials of the first round
+	ready  bool
+	failed error // why ready was taken back
+}
+
+// AdditionalEvidence is kbsclient.DeviceAttester: it attests the GPUs with a nonce
+// out of the handshake's digest, and returns what the KBS gets of it.
+func (g *Guard) AdditionalEvidence(ctx context.Context, digest [48]byte) (string, error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.failed != nil {
+		return "", fmt.Errorf("the GPUs do no more work until the VM is restarted: %w", g.failed)
+	}
+	evidence, err := g.attest(ctx, gpu.DeviceNonce(digest))
+	if err != nil {
+		if !gpu.CodeOf(err).Unreachable() && ctx.Err() == nil {
+			g.takeBack(ctx, err)
+		}
+		return "", err
+	}
+	if !g.Send {
+		return "", nil
+	}
+	return gpu.MarshalEvidence(evidence)
+}
+
+func (g *Guard) attest(ctx context.Context, nonce [32]byte) ([]gpu.Evidence, error) {
+	if g.known == nil {
+		if err := g.Source.KeepInitialised(ctx); err != nil {
+			g.Printf("gpu: warning: persistence mode: %v", err)
+		}
+	}
+	settings, err := g.Source.Settings(ctx)
+	if err == nil {
+		err = g.Policy.CheckSettings(settings)
+	}
+	if err != nil {
+		return nil, err
+	}
+	evidence, err := g.Source.Collect(ctx, nonce)
+	if err != nil {
+		return nil, err
+	}
+	if n := len(evidence); g.Count != 0 && n != g.Count {
+		return nil, &gpu.Error{Code: gpu.CodeCount, Err: fmt.Errorf("there are %d GPUs, want %d", n, g.Count)}
+	}
+	for _, j := range g.Judges {
+		results, err := j.VerifyAll(ctx, evidence, nonce)
+		if err != nil {
+			return nil, err
+		}
+		for i, r := range results {
+			for _, w := range r.Warnings {
+				g.Printf("gpu: GPU %d: warning: %s", i, w)
+			}
+		}
+	}
+	return evidence, g.recognise(evidence)
+}
+
+// recognise compares the devices with those of the first round. The certificate of
+// a device's key is its identity, and every judge has checked it.
+func (g *Guard) recognise(evidence []gpu.Evidence) error {
+	var found []string
+	for _, e := range evidence {
+		serial, err := gpu.Serial(e.Chain)
+		if err != nil {
+			return &gpu.Error{Code: gpu.CodeChainStructure, Err: err}
+		}
+		found = append(found, serial)
+	}
+	slices.Sort(found)
+	if g.known == nil {
+		g.known = found
+		g.Printf("gpu: %d attested, serials %s", len(found), strings.Join(found, " "))
+		return nil
+	}
+	if !slices.Equal(found, g.known) {
+		return &gpu.Error{Code: CodeIdentity, Err: fmt.Errorf("the GPUs were %s, now they are %s", strings.Join(g.known, " "), strings.Join(found, " "))}
+	}
+	return nil
+}
+
+// Accept lets the GPUs work. It is called after a round that passed, and does
+// something after the first alone.
+func (g *Guard) Accept(ctx context.Context) error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	switch {
+	case g.failed != nil:
+		return g.failed
+	case g.known == nil:
+		return errors.New("GPUs that were not attested are not let to work")
+	case g.ready:
+		return nil
+	}
+	if err := g.Source.SetReady(ctx, true); err != nil {
+		return fmt.Errorf("let the GPUs work: %w", err)
+	}
+	g.ready = true
+	g.Printf("gpu: ready")
+	return nil
+}
+
+// Disable takes the GPUs' leave to work back, for good.
+func (g *Guard) Disable(ctx context.Context, why error) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if g.failed == nil {
+		g.takeBack(ctx, why)
+	}
+}
+
+func (g *Guard) takeBack(ctx context.Context, why error) {
+	g.failed = why
+	if !g.ready {
+		return // it was never given, and the driver's default is not to
+	}
+	g.ready = false
+	// The round may have used up its time; the helper has limits of its own.
+	ctx = context.WithoutCancel(ctx)
+	if err := g.Source.SetReady(ctx, false); err != nil {
+		g.Printf("gpu: ready could not be taken back: %v", err)
+		return
+	}
+	g.Printf("gpu: ready taken back until the VM is restarted")
+}

@@ -1,0 +1,69 @@
+package guestconfig
+
+import (
+	"encoding/hex"
+	"fmt"
+	"net/url"
+	"slices"
+	"strings"
+)
+
+// Places of the GPU stack in the verity root.
+const (
+	GPUHelperPath = "/bin/gpu-helper"
+	NVMLPath      = "/usr/lib/x86_64-linux-gnu/libnvidia-ml.so.1"
+	GPURIMPath    = "/gpu/rims"
+	GPUOCSPPath   = "/gpu/ocsp" // answers that the bundle carries
+)
+
+// Who judges GPUs.
+const (
+	GPULocal        = "local"         // the agent, by RIMs
+	GPUTrustee      = "trustee"       // the KBS; never one of 2025-07, which GPU evidence ends
+	GPULocalTrustee = "local+trustee" // both
+)
+
+// GPU says how NVIDIA GPUs are attested. Without it the guest has none.
+type GPU struct {
+	Mode    string   `json:"mode"`
+	Count   int      `json:"count,omitempty"`   // 0: as many as the first round has
+	Drivers []string `json:"drivers,omitempty"` // none: any
+	VBIOSes []string `json:"vbioses,omitempty"` // none: any
+
+	RIMs            []string `json:"rims,omitempty"`        // SHA-256 of the files in GPURIMPath
+	RIMService      string   `json:"rim_service,omitempty"` // https://host for ids that they lack; "": none is asked
+	AllowExpiredRIM bool     `json:"allow_expired_rim,omitempty"`
+	OCSP            string   `json:"ocsp"`                   // "require", "allow_cached" or "off"
+	OCSPMaxAge      int      `json:"ocsp_max_age,omitempty"` // seconds, of a kept answer
+	AllowHold       bool     `json:"allow_hold,omitempty"`   // certificates on hold
+
+	// Roots of simulated devices, PEM; on the simulated platform alone.
+	DeviceRoot string `json:"device_root,omitempty"`
+	RIMRoot    string `json:"rim_root,omitempty"`
+}
+
+const maxGPUs = 16
+
+// faults are what is wrong with it.
+func (g *GPU) faults(platform string) (faults []string) {
+	if g == nil {
+		return nil
+	}
+	fault := func(ok bool, format string, a ...any) {
+		if !ok {
+			faults = append(faults, fmt.Sprintf(format, a...))
+		}
+	}
+	fault(slices.Contains([]string{GPULocal, GPUTrustee, GPULocalTrustee}, g.Mode), "mode %q is not local, trustee or local+trustee", g.Mode)
+	fault(g.Count >= 0 && g.Count <= maxGPUs, "count %d is not 0..%d", g.Count, maxGPUs)
+	for _, sum := range g.RIMs {
+		b, err := hex.DecodeString(sum)
+		fault(err == nil && len(b) == 32 && sum == strings.ToLower(sum), "rims: %q is not 64 hex characters", sum)
+	}
+	u, err := url.Parse(g.RIMService)
+	fault(g.RIMService == "" || err == nil && u.Scheme == "https" && u.Host != "" && u.User == nil && u.RawQuery == "", "rim_service %q is not https://host", g.RIMService)
+	fault(slices.Contains([]string{"require", "allow_cached", "off"}, g.OCSP), "ocsp %q is not require, allow_cached or off", g.OCSP)
+	fault((g.OCSP == "allow_cached") == (g.OCSPMaxAge > 0), "ocsp_max_age %d: more than 0 with allow_cached, else 0", g.OCSPMaxAge)
+	fault(platform == PlatformSimulated || g.DeviceRoot == "" && g.RIMRoot == "", "device_root and rim_root are for the simulated platform")
+	return faults
+}
