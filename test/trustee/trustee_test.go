@@ -16,6 +16,7 @@ import (
 	"fmt"
 	"net/url"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -314,7 +315,10 @@ func policyFlow(t *testing.T, k *target) {
 	master := filepath.Join(k.folder, "policy.rego")
 	own := "# mine\n" + closedAll + "\nallow if input.submods.cpu0[\"ear.status\"] == \"nobody\"\n"
 	write(t, master, []byte(own))
-	k.hostbuild(t, "policy", "apply")
+	out, err := exec.CommandContext(t.Context(), filepath.Join(k.env.Bin, "hostbuild"), "--settings", k.settings, "policy", "apply").CombinedOutput()
+	if line := 1 + strings.Count(own[:strings.Index(own, "allow if")], "\n"); err != nil || !strings.Contains(string(out), fmt.Sprintf("warning: %s, line %d: warning: this allow rule ignores", master, line)) {
+		t.Errorf("policy apply: %v, %s; want a warning about line %d", err, out, line)
+	}
 	if got := k.hostbuild(t, "policy", "show"); !strings.HasPrefix(got, own) || !strings.Contains(got, "BEGIN coffer rules") {
 		t.Errorf("policy show: %s", got)
 	}
