@@ -104,7 +104,9 @@ regorus:
 	cargo build --release --locked --manifest-path test/regorus/Cargo.toml --target-dir build/regorus
 	$(GO) test -count=1 ./hostbuild/policy -run '^TestRegorus$$' -regorus $(CURDIR)/build/regorus/release/regorus-oracle
 test-gpu-hw: # on a machine with an NVIDIA GPU; reads only
-	COFFER_GPU_LIBRARY=$$(/sbin/ldconfig -p | sed -n 's|.*libnvidia-ml.so.1 (libc6,x86-64).*=> ||p' | head -n 1) $(GO) test -count=1 -v -run '^TestHardware$$' ./internal/gpu/helper
+	@lib=$$(/sbin/ldconfig -p | sed -n 's|.*libnvidia-ml.so.1 (libc6,x86-64).*=> ||p' | head -n 1); \
+	test -n "$$lib" || { echo "test-gpu-hw: no libnvidia-ml.so.1: no NVIDIA driver is installed"; exit 1; }; \
+	COFFER_GPU_LIBRARY=$$lib $(GO) test -count=1 -v -run '^TestHardware$$' ./internal/gpu/helper
 fuzz:
 	@grep -rlE '^func Fuzz' --include='*_test.go' . | sort | while read -r file; do \
 	for target in $$(sed -n 's/^func \(Fuzz[A-Za-z0-9_]*\)(.*/\1/p' $$file); do \
