@@ -34,6 +34,7 @@ import (
 	"coffer/agent/daemon"
 	"coffer/agent/drives"
 	"coffer/agent/gpus"
+	"coffer/agent/nfs"
 	"coffer/agent/profile"
 	"coffer/agent/workload"
 	"coffer/internal/boot"
@@ -67,6 +68,8 @@ type Deps struct {
 	Lookup     func(ctx context.Context, host string) ([]netip.Addr, error)
 	Attach     func(context.Context, drives.Mount) error
 	Detach     func(target string) error
+	Share      func(drive string) error // mounts below it show up in containers
+	NFS        nfs.Sys
 	Overlay    func(target string, layers ...string) error
 	Evidence   func(platform, tee string) (evidence.Source, error)
 	KBS        func(cfg guestconfig.KBS, dial Dial) (KBS, error)
@@ -99,6 +102,7 @@ type agent struct {
 	verifier *verifier
 	daemon   *daemon.Daemon
 	services *services
+	nfsDone  <-chan struct{} // closed when the export is unmounted; nil: no NFS
 	job      *workload.Supervisor
 	loop     *attest.Loop
 
@@ -216,6 +220,7 @@ func (a *agent) end(phase string, err error) {
 	}
 	if a.services != nil {
 		a.services.api.Close()
+		a.stopNFS()
 	}
 	if a.daemon != nil {
 		a.daemon.Stop()
@@ -417,7 +422,7 @@ func (a *agent) container(ctx context.Context) error {
 	program := filepath.Join(p.Bin, "snpguest")
 	binds := []workload.Bind{
 		{Source: a.configSource, Target: "/user_config", ReadOnly: true}, // startup scripts run from there
-		{Source: p.UserData, Target: "/user_data"},
+		{Source: p.UserData, Target: "/user_data", Follow: a.nfsDone != nil},
 		{Source: p.Applog, Target: "/applog", NoExec: true},
 		{Source: a.vault(), Target: "/vault"},
 		{Source: p.Hosts, Target: "/etc/hosts", ReadOnly: true},

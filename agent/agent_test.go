@@ -332,6 +332,60 @@ func TestServices(t *testing.T) {
 	}
 }
 
+// exports is an NFS client of the kernel's.
+type exports struct{ mounted chan string }
+
+func (e exports) Mount(drive, source, data string) error {
+	e.mounted <- source + " at " + drive
+	return nil
+}
+func (e exports) Check(string) error   { return nil }
+func (e exports) Unmount(string) error { e.mounted <- "unmounted"; return nil }
+
+func TestNFS(t *testing.T) {
+	for _, tc := range []struct {
+		name, file string
+		ports      []guestconfig.Port
+		want       string
+	}{
+		{"no file", "", nil, ""},
+		{"a bad file", "nas\n", nil, `user_data/ext_mount.conf is not used: "nas" is not server:/export`},
+		{"not allowed", "192.0.2.9:/x\n", nil, "user_data/ext_mount.conf is not used: 2049 is not in allowed_out_ports"},
+		{"allowed", "kbs.example:/x\n", []guestconfig.Port{{Port: 2049, Proto: "tcp"}}, "nfs kbs.example:/x is mounted at"},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			g := newGuest(t, `[ -e /user_data/mnt ] && ls /user_data/mnt; exit 0`)
+			e := exports{make(chan string, 8)}
+			g.deps.NFS, g.deps.Share = e, func(string) error { return nil }
+			if tc.ports != nil {
+				g.cfg.Network.AllowedOutPorts = tc.ports
+			}
+			if tc.file != "" {
+				if err := os.WriteFile(g.dir+"/user_data/ext_mount.conf", []byte(tc.file), 0o644); err != nil {
+					t.Fatal(err)
+				}
+			}
+			lines := g.end(g.start())
+			g.last(lines, `coffer: power off reason="workload exited code=0"`)
+			if !strings.Contains(strings.Join(lines, "\n"), tc.want) {
+				t.Errorf("the console lacks %q", tc.want)
+			}
+			close(e.mounted)
+			var did []string
+			for m := range e.mounted {
+				did = append(did, m)
+			}
+			want := []string{"192.0.2.7:/x at " + g.dir + "/user_data", "unmounted"}
+			if tc.ports == nil {
+				want = nil
+			}
+			if !slices.Equal(did, want) {
+				t.Errorf("did %v, want %v", did, want)
+			}
+		})
+	}
+}
+
 func TestRestartPolicyAndProfile(t *testing.T) {
 	g := newGuest(t, `n=$(ls /vault | grep -c run); touch /vault/run$n; ls /vault/ws; echo run $n
 		[ $n = 0 ] && { mkdir -p /vault/ws; echo 1 >/vault/ws/daemon_pid.fl; exit 0; }

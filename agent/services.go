@@ -14,6 +14,7 @@ import (
 
 	"coffer/agent/api"
 	"coffer/agent/certs"
+	"coffer/agent/nfs"
 	"coffer/agent/profile"
 	"coffer/internal/evidence"
 	"coffer/internal/snp"
@@ -39,6 +40,8 @@ type services struct {
 	known chan struct{}
 	chip  chan struct{} // closed when the chip's own certificate was found, or given up
 	certs string        // folder for the workload's copies; "": none wanted
+
+	cancelNFS context.CancelFunc
 }
 
 func (a *agent) hostDir() string { return filepath.Join(a.Paths.Run, "coffer", "host") }
@@ -83,7 +86,45 @@ func (a *agent) serve(context.Context) error {
 		}
 	}
 	go a.findChip()
+	return a.keepNFS()
+}
+
+// keepNFS mounts the export that the site names, where the guest config lets it:
+// by letting port 2049 be connected to. A bad file is no reason not to start.
+func (a *agent) keepNFS() error {
+	export, err := nfs.Read(a.Paths.UserData)
+	switch {
+	case err != nil:
+		a.log.Printf("coffer: user_data/%s is not used: %v", nfs.File, err)
+		return nil
+	case export == nil:
+		return nil
+	case !a.cfg.NFS():
+		a.log.Printf("coffer: user_data/%s is not used: %d is not in allowed_out_ports", nfs.File, nfs.Port)
+		return nil
+	}
+	if err := a.Share(a.Paths.UserData); err != nil {
+		return err
+	}
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	k := &nfs.Keeper{Export: *export, Drive: a.Paths.UserData, Lookup: a.Lookup, Sys: a.NFS,
+		Printf: func(format string, args ...any) { a.log.Printf("coffer: "+format, args...) }}
+	a.nfsDone, a.services.cancelNFS = done, cancel
+	go func() {
+		defer close(done)
+		k.Run(ctx)
+	}()
 	return nil
+}
+
+// stopNFS lets the export go; a server that is away holds up nothing.
+func (a *agent) stopNFS() {
+	if a.nfsDone == nil {
+		return
+	}
+	a.services.cancelNFS()
+	within(unmountTime, func() { <-a.nfsDone })
 }
 
 // findChip makes the chip's certificate known before the workload asks for it.

@@ -17,6 +17,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"coffer/agent/drives"
+	"coffer/agent/nfs"
 	"coffer/agent/reaper"
 	"coffer/internal/boot"
 	"coffer/internal/evidence"
@@ -47,6 +48,8 @@ func System(flush func()) Deps {
 		Lookup:     lookup,
 		Attach:     drives.Attach,
 		Detach:     detach,
+		Share:      nfs.Share,
+		NFS:        nfs.Kernel{},
 		Overlay:    drives.Overlay,
 		Evidence:   evidence.Open,
 		KBS:        newKBS,

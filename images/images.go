@@ -42,6 +42,7 @@ type Module struct {
 	Group    string   `yaml:"group"`
 	Platform string   `yaml:"platform"` // the only platform that gets them; "" means all
 	Names    []string `yaml:"names"`    // "-" before a name: may fail to load
+	Feature  string   `yaml:"feature"`  // only guests that use it load them; "" means all
 }
 
 // Load returns the image of that name.
@@ -64,11 +65,12 @@ func Load(name string) (*Image, error) {
 	return &image, nil
 }
 
-// ModuleNames is the wanted modules of one platform, in order.
-func (i *Image) ModuleNames(platform string) []string {
+// ModuleNames is the wanted modules of one platform, in order: those that all
+// guests load where feature is "", else those of the feature.
+func (i *Image) ModuleNames(platform, feature string) []string {
 	var out []string
 	for _, m := range i.Modules {
-		if m.Platform == "" || m.Platform == platform {
+		if (m.Platform == "" || m.Platform == platform) && m.Feature == feature {
 			out = append(out, m.Names...)
 		}
 	}

@@ -16,7 +16,7 @@ func TestCPU(t *testing.T) {
 		t.Error("the firmware's or the certificates' place is missing")
 	}
 	for _, platform := range []string{"snp", "simulated"} {
-		names := image.ModuleNames(platform)
+		names := image.ModuleNames(platform, "")
 		for _, name := range []string{"virtio_blk", "virtio_net", "dm_mod", "dm_crypt", "xts", "dm_verity", "erofs", "overlay", "tsm", "nf_tables"} {
 			if !slices.Contains(names, name) {
 				t.Errorf("%s: no %s", platform, name)

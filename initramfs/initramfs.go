@@ -31,7 +31,8 @@ import (
 
 // LoadList is where the base initrd lists its modules: one absolute path a
 // line, in the order in which they load; modules.OptionalMark stands before
-// those whose failure to load does not matter.
+// those whose failure to load does not matter, before that the feature that
+// wants it, if not all guests load it.
 const LoadList = "lib/modules/load"
 
 // Base is what a base initrd holds.
@@ -58,6 +59,9 @@ func WriteBase(w io.Writer, b Base) (string, error) {
 	for _, m := range b.Modules {
 		name := ModulePath(b.KernelVersion, m.Name)
 		records = append(records, cpio.StaticRecord(m.Data, cpio.Info{Name: name, Mode: cpio.S_IFREG | 0o644}))
+		if m.Feature != "" {
+			list.WriteString(m.Feature + modules.FeatureMark)
+		}
 		if m.Optional {
 			list.WriteString(modules.OptionalMark)
 		}

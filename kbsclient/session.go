@@ -230,14 +230,22 @@ func (s *Session) Resource(ctx context.Context, path string) ([]byte, error) {
 	if err := checkPath(path); err != nil {
 		return nil, fmt.Errorf("%s: %w", op, err)
 	}
-	header := http.Header{}
-	if s.bearer {
-		header.Set("Authorization", "Bearer "+s.token)
-	} else { // a bearer beside it may be too long for the KBS
-		header.Set("Cookie", cookieName+"="+s.cookie)
+	get := func(name, value string) (*answer, error) {
+		return s.c.do(ctx, call{op: op, kind: opResource, method: http.MethodGet, path: "/resource/" + path,
+			header: http.Header{name: {value}}, limit: maxResource})
 	}
-	a, err := s.c.do(ctx, call{op: op, kind: opResource, method: http.MethodGet, path: "/resource/" + path,
-		header: header, limit: maxResource})
+	var a *answer
+	var err error
+	if !s.bearer { // a bearer beside it may be too long for the KBS
+		a, err = get("Cookie", cookieName+"="+s.cookie)
+	}
+	if s.bearer || errors.Is(err, ErrTokenNotFound) && len(s.token) <= maxBearer {
+		// A KBS that was restarted has forgotten the session; its token still counts.
+		var again error
+		if a, again = get("Authorization", "Bearer "+s.token); s.bearer || !errors.Is(again, ErrTokenInvalid) {
+			err = again
+		}
+	}
 	if err != nil {
 		return nil, err
 	}
@@ -256,7 +264,10 @@ func (s *Session) Close() {
 	}
 }
 
-const cookieName = "kbs-session-id"
+const (
+	cookieName = "kbs-session-id"
+	maxBearer  = 32 << 10 // bytes of a token that fits a KBS's request head
+)
 
 var (
 	cookieValue  = regexp.MustCompile(`^[A-Za-z0-9_-]{1,128}$`)

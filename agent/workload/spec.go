@@ -31,10 +31,14 @@ type Bind struct {
 	Source, Target string
 	ReadOnly       bool
 	NoExec         bool
+	Follow         bool // what is mounted below Source later shows up as well
 }
 
 func (b Bind) mount() specs.Mount {
 	opts := []string{"bind", "nosuid", "nodev"}
+	if b.Follow {
+		opts = []string{"rbind", "rslave", "nosuid", "nodev"}
+	}
 	if b.NoExec {
 		opts = append(opts, "noexec")
 	}

@@ -84,6 +84,7 @@ type Module struct {
 	Name     string `json:"name"`
 	SHA256   string `json:"sha256"`
 	Optional bool   `json:"optional,omitempty"`
+	Feature  string `json:"feature,omitempty"` // only guests that use it load the module
 }
 
 // Base is an opened base. Paths are absolute or relative as Dir is.

@@ -129,7 +129,7 @@ func params(t *testing.T) Params {
 		"usr/lib/modules/" + testKernel + "/modules.builtin":     "kernel/fs/ext4/ext4.ko\n",
 		"usr/lib/modules/" + testKernel + "/kernel/fs/unused.ko": ko("depends=\x00"),
 	}
-	for _, name := range image.ModuleNames(PlatformSNP) {
+	for _, name := range slices.Concat(image.ModuleNames(PlatformSNP, ""), image.ModuleNames(PlatformSNP, "nfs")) {
 		name = strings.TrimPrefix(name, modules.OptionalMark)
 		kernel["usr/lib/modules/"+testKernel+"/kernel/"+name+".ko"] = ko("name=" + name + "\x00depends=\x00")
 	}
@@ -191,7 +191,7 @@ func TestBuild(t *testing.T) {
 		t.Errorf("agent: %v, %v", info, err)
 	}
 	image, _ := images.Load("cpu")
-	if got, want := len(b.Modules), len(image.ModuleNames(PlatformSNP)); got != want {
+	if got, want := len(b.Modules), len(slices.Concat(image.ModuleNames(PlatformSNP, ""), image.ModuleNames(PlatformSNP, "nfs"))); got != want {
 		t.Errorf("%d modules, want %d", got, want)
 	}
 	if data, err := os.ReadFile(filepath.Join(b.Dir, manifestFile)); err != nil || digest(data) != b.ID {
@@ -618,7 +618,7 @@ func TestBuildFromDebian(t *testing.T) {
 		here[m.Name] = true
 	}
 	image, _ := images.Load("cpu")
-	for _, name := range image.ModuleNames(PlatformSNP) {
+	for _, name := range slices.Concat(image.ModuleNames(PlatformSNP, ""), image.ModuleNames(PlatformSNP, "nfs")) {
 		if name = strings.TrimPrefix(name, modules.OptionalMark); !here[name] {
 			t.Errorf("%s is not in the initrd", name)
 		}
@@ -633,6 +633,9 @@ func TestBuildFromDebian(t *testing.T) {
 		path := "/" + initramfs.ModulePath(b.KernelVersion, m.Name)
 		if m.Optional {
 			path = modules.OptionalMark + path
+		}
+		if m.Feature != "" {
+			path = m.Feature + modules.FeatureMark + path
 		}
 		if line != path {
 			t.Errorf("line %d is %s, want %s", i+1, line, path)

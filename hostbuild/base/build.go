@@ -14,6 +14,7 @@ import (
 
 	"coffer/images"
 	"coffer/initramfs"
+	"coffer/internal/guestconfig"
 	"coffer/internal/measure"
 )
 
@@ -132,12 +133,12 @@ func build(ctx context.Context, p Params, image *images.Image) (*Base, error) {
 		return nil, err
 	}
 	m.KernelVersion = k.version
-	loaded, err := k.modules.Closure(image.ModuleNames(p.Platform))
+	loaded, err := k.modules.ClosureOf(image.ModuleNames(p.Platform, ""), guestconfig.FeatureNFS, image.ModuleNames(p.Platform, guestconfig.FeatureNFS))
 	if err != nil {
 		return nil, err
 	}
 	for _, mod := range loaded {
-		m.Modules = append(m.Modules, Module{Name: mod.Name, SHA256: digest(mod.Data), Optional: mod.Optional})
+		m.Modules = append(m.Modules, Module{Name: mod.Name, SHA256: digest(mod.Data), Optional: mod.Optional, Feature: mod.Feature})
 	}
 	init, err := os.ReadFile(p.Init)
 	if err != nil {

@@ -207,3 +207,35 @@ func (c closing) Evidence(ctx context.Context, digest [48]byte) (json.RawMessage
 	c.c.CloseIdle()
 	return c.attester.Evidence(ctx, digest)
 }
+
+// TestClientOverRestart: a session of kbsclient outlives the server's restart.
+func TestClientOverRestart(t *testing.T) {
+	dialects(t, func(t *testing.T, d Dialect) {
+		r := ready(t, d)
+		ca, err := os.ReadFile(filepath.Join(r.dir, caCertFile))
+		if err != nil {
+			t.Fatal(err)
+		}
+		client, err := kbsclient.New(kbsclient.Config{URL: r.url, RootCAs: ca})
+		if err != nil {
+			t.Fatal(err)
+		}
+		s, err := client.Attest(t.Context(), attester{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		defer s.Close()
+		again, err := New(Options{Dir: r.dir, Dialect: d, AllowSimulated: true, Now: r.clock.now})
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.server.sessions = again.sessions // as a new process has them: none
+		if b, err := s.Resource(t.Context(), keyPath); err != nil || string(b) != secret {
+			t.Errorf("after the restart: %q, %v", b, err)
+		}
+		r.clock.add(tokenLife + 2*tokenLeeway)
+		if _, err := s.Resource(t.Context(), keyPath); !errors.Is(err, kbsclient.ErrTokenNotFound) {
+			t.Errorf("when the token has expired: %v, want ErrTokenNotFound", err)
+		}
+	})
+}

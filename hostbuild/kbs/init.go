@@ -30,6 +30,7 @@ const (
 	adminPubFile   = "admin.pub"
 	tokenKeyFile   = "token.key"
 	tokenCertFile  = "token.pem"
+	sessionKeyFile = "session.key" // made by the first start
 	policyFile     = "resource-policy.rego"
 	referenceFile  = "reference-values.json"
 	repositoryDir  = "repository"

@@ -159,7 +159,11 @@ func New(o Options) (*Server, error) {
 	s.limiter = limiter{rate: o.Rate, now: s.now, buckets: map[string]*bucket{}}
 	s.admin.issuer, s.admin.audience = o.AdminIssuer, o.AdminAudience
 	s.engine = newEngine(s.dialect)
-	s.sessions = newSessions(s.now)
+	key, err := s.store.sessionKey()
+	if err != nil {
+		return nil, fmt.Errorf("kbs: %s: %w", sessionKeyFile, err)
+	}
+	s.sessions = newSessions(key, s.dialect.tees(), s.now)
 	if s.simulated {
 		s.log.Warn("SIMULATED evidence is accepted: this server must not guard real secrets",
 			"simulated", true, "simulated_roots", len(o.SimulatedRoots) != 0, "dialect", string(s.dialect))

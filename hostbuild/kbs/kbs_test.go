@@ -911,7 +911,7 @@ func TestSignerWithLeadingZero(t *testing.T) {
 
 func TestSessionsAreBounded(t *testing.T) {
 	c := new(clock)
-	ss := newSessions(c.now)
+	ss := newSessions(make([]byte, 32), []string{"snp"}, c.now)
 	ss.max = 3
 	kept := ss.open("snp")
 	ss.keep(kept)
@@ -927,8 +927,8 @@ func TestSessionsAreBounded(t *testing.T) {
 	for range 5 {
 		ss.keep(ss.open("snp"))
 	}
-	if ss.attested.Len() != 3 || ss.get(kept.id) != nil || ss.get(waits.id) == nil {
-		t.Errorf("%d attested sessions, oldest there %v, waiting one there %v", ss.attested.Len(), ss.get(kept.id) != nil, ss.get(waits.id) != nil)
+	if ss.attested.Len() != 3 || ss.get(kept.id) == kept || ss.get(waits.id) != waits {
+		t.Errorf("%d attested sessions, oldest there %v, waiting one there %v", ss.attested.Len(), ss.get(kept.id) == kept, ss.get(waits.id) == waits)
 	}
 	kept = waits
 	c.add(sessionLife)
@@ -974,6 +974,47 @@ func rsaJWK(t testing.TB) map[string]string {
 	t.Helper()
 	k := rsaKey(t)
 	return map[string]string{"kty": "RSA", "alg": algRSA, "n": b64.EncodeToString(k.N.Bytes()), "e": b64.EncodeToString(big.NewInt(int64(k.E)).Bytes())}
+}
+
+// TestRestart: a handshake that began before a restart of the server goes on
+// after it, and a session's token counts after it.
+func TestRestart(t *testing.T) {
+	dialects(t, func(t *testing.T, d Dialect) {
+		r := ready(t, d)
+		attested := r.guest("sample")
+		token := attested.attested()
+		waits := r.guest("sample").auth()
+		stale := r.guest("sample").auth()
+
+		again, err := New(Options{Dir: r.dir, Dialect: d, AllowSimulated: true, Logger: slog.New(slog.NewJSONHandler(r.log, nil)), Now: r.clock.now})
+		if err != nil {
+			t.Fatal(err)
+		}
+		r.server.sessions = again.sessions // as a new process has them: none
+		if a := waits.attest(waits.attestBody(sampleEvidence(waits.digest()), "")); a.status != 200 {
+			t.Errorf("attest after the restart: %d %s\n%v", a.status, a.body, r.log.last(t))
+		}
+		if a := waits.get(keyPath); a.status != 200 {
+			t.Errorf("get after the restart: %d %s", a.status, a.body)
+		}
+		if a := attested.get(keyPath); a.errType() != "TokenNotFound" {
+			t.Errorf("attested session after the restart: %d %s", a.status, a.body)
+		}
+		if a := r.do("GET", "/kbs/v0/resource/"+keyPath, nil, "Authorization", "Bearer "+token); a.status != 200 {
+			t.Errorf("its token after the restart: %d %s", a.status, a.body)
+		}
+		forged := stale.cookie[:len(stale.cookie)-1] + "0"
+		if forged == stale.cookie {
+			forged = stale.cookie[:len(stale.cookie)-1] + "1"
+		}
+		if a := r.do("POST", "/kbs/v0/attest", stale.attestBody(sampleEvidence(stale.digest()), ""), "Cookie", forged); a.errType() != "AttestationError" {
+			t.Errorf("another id: %d %s", a.status, a.body)
+		}
+		r.clock.add(sessionLife)
+		if a := stale.attest(stale.attestBody(sampleEvidence(stale.digest()), "")); a.errType() != "AttestationError" {
+			t.Errorf("after its five minutes: %d %s", a.status, a.body)
+		}
+	})
 }
 
 func TestParallelAttests(t *testing.T) {

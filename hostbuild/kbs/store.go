@@ -140,6 +140,20 @@ func (st *store) vcek(names ...string) ([]byte, error) {
 	return nil, fmt.Errorf("%w, and none of %s in the folder %s", errNoVCEK, strings.Join(names, ", "), vcekDir)
 }
 
+// sessionKey reads the key of sessions, or makes it.
+func (st *store) sessionKey() ([]byte, error) {
+	key, err := st.read(sessionKeyFile)
+	if errors.Is(err, fs.ErrNotExist) {
+		key = make([]byte, 32)
+		rand.Read(key)
+		err = st.write(sessionKeyFile, key)
+	}
+	if err == nil && len(key) != 32 {
+		err = errors.New("not 32 bytes: remove it, and the server makes a new one")
+	}
+	return key, err
+}
+
 func (st *store) read(name string) ([]byte, error) {
 	f, err := st.root.Open(name)
 	if err != nil {

@@ -80,13 +80,13 @@ func Read(path string) (*Settings, error) {
 	s.KBSURL = kbs.Required("url", "where the KBS is, such as https://kbs.example:8999")
 	s.KBSGuestURL = kbs.String("guest_url", s.KBSURL)
 	kbs.Required("ca", "PEM file of the authority that signed the KBS's certificate")
-	s.KBSCA = kbs.Path("ca")
-	s.AdminKey = kbs.Path("admin_key")
+	s.KBSCA = file(kbs, "ca")
+	s.AdminKey = file(kbs, "admin_key")
 	s.AdminIssuer, s.AdminAudience = kbs.String("admin_issuer", ""), kbs.String("admin_audience", "")
 	kbs.Finish()
 
 	m.Required("policy_dir", "folder of the master copy policy.rego")
-	s.PolicyDir = m.Path("policy_dir")
+	s.PolicyDir = file(m, "policy_dir")
 	if s.AdminKey == "" && s.PolicyDir != "" { // the folder as the deployment guide lays it out
 		s.AdminKey = filepath.Join(s.PolicyDir, "private.key")
 		if _, err := os.Stat(s.AdminKey); err != nil {
@@ -95,9 +95,9 @@ func Read(path string) (*Settings, error) {
 	}
 	s.MinTCB = minTCB(m)
 	m.Required("base_dir", "folder of a guest base, made by `hostbuild base build`")
-	s.BaseDir = m.Path("base_dir")
+	s.BaseDir = file(m, "base_dir")
 	s.OVMF, s.IDKey = m.Path("ovmf"), m.Path("id_key")
-	if s.OutputDir = m.Path("output_dir"); s.OutputDir == "" {
+	if s.OutputDir = file(m, "output_dir"); s.OutputDir == "" {
 		if s.OutputDir, err = yamlcheck.Expand("~/.local/share/coffer/bundles"); err != nil {
 			return nil, fmt.Errorf("settings: output_dir is missing, and no home folder to fall back on: %w", err)
 		}
@@ -106,7 +106,7 @@ func Read(path string) (*Settings, error) {
 		m.Faultf("output_dir", "%q holds a blank, and NVFlare reads the bundle's path only up to one", s.OutputDir)
 	}
 	s.CacheSize = m.Int("cache_size_gb", 20, 0, 65536) << 30
-	if s.CacheDir = m.Path("cache_dir"); s.CacheDir == "" && s.CacheSize > 0 {
+	if s.CacheDir = file(m, "cache_dir"); s.CacheDir == "" && s.CacheSize > 0 {
 		if s.CacheDir, err = yamlcheck.Expand("~/.cache/coffer"); err != nil {
 			s.CacheSize = 0 // no home folder, no cache
 		}
@@ -137,4 +137,12 @@ func minTCB(m *yamlcheck.Map) map[string]snp.TCB {
 	}
 	products.Finish()
 	return min
+}
+
+// file reads a file name. A relative one would depend on where NVFlare was started.
+func file(m *yamlcheck.Map, key string) string {
+	if p := m.String(key, ""); p != "" && !filepath.IsAbs(p) && p != "~" && !strings.HasPrefix(p, "~/") {
+		m.Faultf(key, "%q must begin with / or ~/: a relative path would change its meaning with the working directory", p)
+	}
+	return m.Path(key)
 }

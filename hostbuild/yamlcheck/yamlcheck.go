@@ -46,8 +46,9 @@ type Doc struct {
 // Map is one mapping of a document. The zero value behaves as an empty one.
 type Map struct {
 	doc  *Doc
-	path string // with a trailing dot, "" at the top
-	node *yaml.Node
+	path string     // with a trailing dot, "" at the top
+	node *yaml.Node // nil: it is not there
+	at   *yaml.Node // for faults: itself, or what it should be in
 	used []string
 }
 
@@ -83,7 +84,7 @@ func Parse(file string, data []byte) (*Doc, *Map, error) {
 	if root.Kind != yaml.MappingNode {
 		return nil, nil, &Fault{File: file, Line: root.Line, Column: root.Column, Text: "not a list of keys and values"}
 	}
-	m.node = root
+	m.node, m.at = root, root
 	d.duplicates(root, "")
 	return d, m, nil
 }
@@ -166,7 +167,7 @@ func (m *Map) Keys() []string {
 func (m *Map) Faultf(key, format string, a ...any) {
 	v := m.value(key)
 	if v == nil {
-		v = m.node
+		v = m.at
 	}
 	m.doc.fault(v, "%s%s: %s", m.path, key, fmt.Sprintf(format, a...))
 }
@@ -203,7 +204,7 @@ func (m *Map) String(key, def string) string {
 func (m *Map) Required(key, what string) string {
 	s := m.String(key, "")
 	if s == "" && !slices.ContainsFunc(m.doc.errs, func(e error) bool { return strings.Contains(e.Error(), m.path+key+":") }) {
-		m.doc.fault(m.node, "%s%s is missing: %s", m.path, key, what)
+		m.doc.fault(m.at, "%s%s is missing: %s", m.path, key, what)
 	}
 	return s
 }
@@ -269,7 +270,7 @@ func (m *Map) Strings(key string) []string {
 
 // Map returns the mapping at key; an empty one where there is none.
 func (m *Map) Map(key string) *Map {
-	c := &Map{doc: m.doc, path: m.path + key + "."}
+	c := &Map{doc: m.doc, path: m.path + key + ".", at: m.at}
 	v := m.value(key)
 	if v == nil {
 		return c
@@ -278,7 +279,7 @@ func (m *Map) Map(key string) *Map {
 		m.Faultf(key, "must be a list of keys and values")
 		return c
 	}
-	c.node = v
+	c.node, c.at = v, v
 	m.doc.duplicates(v, c.path)
 	return c
 }
@@ -300,7 +301,7 @@ func (m *Map) Maps(key string) []*Map {
 			m.Faultf(key, "entry %d must be a list of keys and values", i+1)
 			continue
 		}
-		c := &Map{doc: m.doc, path: fmt.Sprintf("%s%s[%d].", m.path, key, i), node: e}
+		c := &Map{doc: m.doc, path: fmt.Sprintf("%s%s[%d].", m.path, key, i), node: e, at: e}
 		m.doc.duplicates(e, c.path)
 		out = append(out, c)
 	}

@@ -110,7 +110,11 @@ type Module struct {
 	Name     string // as the kernel prints it
 	Data     []byte // the decompressed file with its signature
 	Optional bool   // its failure to load does not matter
+	Feature  string // only guests that use it load the module; "": all
 }
+
+// FeatureMark stands between a feature and its module in the load list.
+const FeatureMark = ":"
 
 // Index is all modules of one kernel.
 type Index struct {
@@ -255,6 +259,26 @@ func (x *Index) Closure(wanted []string) ([]Module, error) {
 		out = append(out, Module{Name: name, Data: ko, Optional: !required[name]})
 	}
 	return out, nil
+}
+
+// ClosureOf is Closure of the wanted modules, then of those that the feature needs
+// besides.
+func (x *Index) ClosureOf(wanted []string, feature string, more []string) ([]Module, error) {
+	plain, err := x.Closure(wanted)
+	if err != nil || len(more) == 0 {
+		return plain, err
+	}
+	all, err := x.Closure(slices.Concat(wanted, more))
+	if err != nil {
+		return nil, err
+	}
+	for _, m := range all {
+		if !slices.ContainsFunc(plain, func(p Module) bool { return p.Name == m.Name }) {
+			m.Feature = feature
+			plain = append(plain, m)
+		}
+	}
+	return plain, nil
 }
 
 // providers are the modules of that name or alias.

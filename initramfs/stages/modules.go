@@ -6,6 +6,8 @@ import (
 	"fmt"
 	"path"
 	"strings"
+
+	"coffer/internal/guestconfig"
 )
 
 // sysctls are set once the modules are in. The last lets none follow.
@@ -30,6 +32,9 @@ func (g *guest) modules(ctx context.Context) error {
 		return fmt.Errorf("%s: %w", loadListPath, err)
 	}
 	for _, m := range list {
+		if m.feature != "" && !(m.feature == guestconfig.FeatureNFS && g.cfg.NFS()) {
+			continue
+		}
 		if ctx.Err() != nil {
 			return ctx.Err()
 		}
@@ -53,19 +58,25 @@ func (g *guest) modules(ctx context.Context) error {
 
 type module struct {
 	path     string
-	optional bool // its failure to load does not matter
+	optional bool   // its failure to load does not matter
+	feature  string // only guests that use it load the module
 }
 
 // loadList reads the list that the builder wrote: an absolute path a line, "-"
-// before those whose failure to load does not matter.
+// before those whose failure to load does not matter, "feature:" before that.
 func loadList(text string) ([]module, error) {
 	var list []module
 	for line := range strings.Lines(text) {
-		name, optional := strings.CutPrefix(strings.TrimSuffix(line, "\n"), "-")
+		line = strings.TrimSuffix(line, "\n")
+		feature, rest, found := strings.Cut(line, ":")
+		if !found {
+			feature, rest = "", line
+		}
+		name, optional := strings.CutPrefix(rest, "-")
 		if !strings.HasPrefix(name, "/lib/modules/") || path.Clean(name) != name {
 			return nil, fmt.Errorf("%q is not a path of a module", name)
 		}
-		list = append(list, module{name, optional})
+		list = append(list, module{name, optional, feature})
 	}
 	if len(list) == 0 {
 		return nil, errors.New("no modules listed")

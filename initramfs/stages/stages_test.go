@@ -188,6 +188,20 @@ func (m *machine) did(prefix string) bool {
 
 const digestLine = "launch_digest=d1"
 
+// What a guest does not use is not loaded.
+func TestFeatureModules(t *testing.T) {
+	const nfs = "LoadModule /lib/modules/6.12/kernel/nfsv4.ko"
+	for _, port := range []uint16{443, 2049} {
+		m := newMachine()
+		m.load += "nfs:/lib/modules/6.12/kernel/nfsv4.ko\nother:/lib/modules/6.12/kernel/other.ko\n"
+		m.cfg.Network.AllowedOutPorts = []guestconfig.Port{{Port: port, Proto: "tcp"}}
+		m.boot(t.Context())
+		if m.did(nfs) != (port == 2049) || m.did("LoadModule /lib/modules/6.12/kernel/other.ko") || !m.did("SwitchRoot") {
+			t.Errorf("port %d: %v", port, m.calls)
+		}
+	}
+}
+
 func TestBoot(t *testing.T) {
 	m := newMachine()
 	m.boot(t.Context())

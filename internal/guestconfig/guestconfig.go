@@ -334,6 +334,15 @@ var (
 	hostName = regexp.MustCompile(`^[a-zA-Z0-9]([a-zA-Z0-9._-]{0,252})$`)
 )
 
+// FeatureNFS names what NFS needs, in the load list of the initrd's modules.
+const FeatureNFS = "nfs"
+
+// NFS reports whether the guest may mount NFS: the port is open to it. Its
+// kernel modules are loaded only then.
+func (c *Config) NFS() bool {
+	return slices.Contains(c.Network.AllowedOutPorts, Port{Port: 2049, Proto: "tcp"})
+}
+
 const maxResources = 64
 
 // faults are what is wrong with a profile.
