@@ -23,7 +23,7 @@ SOURCES := go.mod go.sum $(shell find agent cmd hostbuild images initramfs inter
 
 PREFIX ?= /usr/local
 
-.PHONY: all deps base install test test-e2e test-oracles bench demo regorus fuzz lint clean test-nvflare test-trustee soak
+.PHONY: all deps base install test test-e2e test-oracles bench demo regorus fuzz lint clean test-nvflare test-trustee soak test-gpu-hw
 .DELETE_ON_ERROR:
 
 all: $(MAINS) $(GUEST) bin/init-simulated bin/agent-simulated bin/snpguest-simulated bin/cvm_build bin/demo-workload bin/bench-idle bin/gpu-helper
@@ -113,6 +113,10 @@ demo: all base deps
 regorus:
 	cargo build --release --locked --manifest-path test/regorus/Cargo.toml --target-dir build/regorus
 	$(GO) test -count=1 ./hostbuild/policy -run '^TestRegorus$$' -regorus $(CURDIR)/build/regorus/release/regorus-oracle
+test-gpu-hw: # on a machine with an NVIDIA GPU; reads only
+	@lib=$$(/sbin/ldconfig -p | sed -n 's|.*libnvidia-ml.so.1 (libc6,x86-64).*=> ||p' | head -n 1); \
+	test -n "$$lib" || { echo "test-gpu-hw: no libnvidia-ml.so.1: no NVIDIA driver is installed"; exit 1; }; \
+	COFFER_GPU_LIBRARY=$$lib $(GO) test -count=1 -v -run '^TestHardware$$' ./internal/gpu/helper
 fuzz:
 	@grep -rlE '^func Fuzz' --include='*_test.go' . | sort | while read -r file; do \
 	for target in $$(sed -n 's/^func \(Fuzz[A-Za-z0-9_]*\)(.*/\1/p' $$file); do \
