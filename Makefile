@@ -23,7 +23,7 @@ SOURCES := go.mod go.sum $(shell find agent cmd hostbuild images initramfs inter
 
 PREFIX ?= /usr/local
 
-.PHONY: all deps base install test test-e2e test-oracles bench demo regorus fuzz lint clean test-nvflare
+.PHONY: all deps base install test test-e2e test-oracles bench demo regorus fuzz lint clean test-nvflare test-trustee soak test-gpu-hw
 .DELETE_ON_ERROR:
 
 all: $(MAINS) $(GUEST) bin/init-simulated bin/agent-simulated bin/snpguest-simulated bin/cvm_build bin/demo-workload bin/bench-idle bin/gpu-helper
@@ -72,10 +72,20 @@ install: bin/hostbuild bin/kbs-client
 
 # Units first; then the scenarios alone, since they time what QEMU does.
 test: all base deps
-	COFFER_TEST_OVMF=$(CURDIR)/build/base/snp/OVMF.amdsev.fd $(GO) test $$($(GO) list ./... | grep -v -e /test/scenarios -e /test/e2e -e /test/nvflare)
+	COFFER_TEST_OVMF=$(CURDIR)/build/base/snp/OVMF.amdsev.fd $(GO) test $$($(GO) list ./... | grep -v -e /test/scenarios -e /test/e2e -e /test/nvflare -e /test/trustee)
 	$(GO) test -count=1 -timeout 40m -v ./test/scenarios
+	env -u KBS_URL $(GO) test -count=1 -timeout 20m -v ./test/trustee
 test-e2e: all base deps
 	$(GO) test -count=1 -timeout 30m -v ./test/e2e
+# Against a Trustee of one's own that takes sample evidence: KBS_URL, KBS_CA,
+# KBS_ADMIN_KEY, and if need be DIALECT, KBS_GUEST_URL, KBS_ADMIN_ISSUER,
+# KBS_ADMIN_AUDIENCE and REPLACE_POLICY=yes. Without KBS_URL: the embedded KBS.
+test-trustee: all base deps
+	$(GO) test -count=1 -timeout 20m -v ./test/trustee
+# The embedded KBS under load, killed once and started again.
+SOAK ?= 10m
+soak: bin/hostbuild bin/simplatform
+	$(GO) run ./test/soak -for $(SOAK)
 # What others compute of the same inputs: sev-snp-measure of PyPI, in build/oracles.
 test-oracles:
 	@test -x build/oracles/bin/sev-snp-measure || { python3 -m venv build/oracles && build/oracles/bin/pip install -q sev-snp-measure==0.0.13; } || \
@@ -103,6 +113,10 @@ demo: all base deps
 regorus:
 	cargo build --release --locked --manifest-path test/regorus/Cargo.toml --target-dir build/regorus
 	$(GO) test -count=1 ./hostbuild/policy -run '^TestRegorus$$' -regorus $(CURDIR)/build/regorus/release/regorus-oracle
+test-gpu-hw: # on a machine with an NVIDIA GPU; reads only
+	@lib=$$(/sbin/ldconfig -p | sed -n 's|.*libnvidia-ml.so.1 (libc6,x86-64).*=> ||p' | head -n 1); \
+	test -n "$$lib" || { echo "test-gpu-hw: no libnvidia-ml.so.1: no NVIDIA driver is installed"; exit 1; }; \
+	COFFER_GPU_LIBRARY=$$lib $(GO) test -count=1 -v -run '^TestHardware$$' ./internal/gpu/helper
 fuzz:
 	@grep -rlE '^func Fuzz' --include='*_test.go' . | sort | while read -r file; do \
 	for target in $$(sed -n 's/^func \(Fuzz[A-Za-z0-9_]*\)(.*/\1/p' $$file); do \

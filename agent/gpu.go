@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"crypto/rand"
 	"crypto/x509"
@@ -17,6 +18,7 @@ import (
 	"coffer/internal/gpu"
 	"coffer/internal/gpu/certs"
 	"coffer/internal/gpu/helper"
+	"coffer/internal/gpu/nras"
 	"coffer/internal/gpu/ocsp"
 	"coffer/internal/gpu/rim"
 	"coffer/internal/guestconfig"
@@ -34,11 +36,22 @@ func newGPUs(c *guestconfig.GPU, run string, start func(*exec.Cmd) (func() error
 	policy := gpu.Policy{
 		Drivers: c.Drivers, VBIOSes: c.VBIOSes, OCSP: gpu.OCSP(c.OCSP), AllowHold: c.AllowHold, AllowExpiredRIM: c.AllowExpiredRIM, Count: c.Count,
 	}
-	g := &gpus.Guard{Source: program, Policy: policy, Count: c.Count, Send: c.Mode != guestconfig.GPULocal, Printf: printf}
-	if c.Mode == guestconfig.GPUTrustee {
-		return g, nil
-	}
+	g := &gpus.Guard{Source: program, Policy: policy, Count: c.Count, Send: c.Trustee(), Printf: printf}
 	client := &http.Client{Timeout: gpuServiceTime}
+	if c.Local() {
+		v, err := newVerifier(c, policy, run, client)
+		if err != nil {
+			return nil, err
+		}
+		g.Judges = append(g.Judges, v)
+	}
+	if c.NRAS() {
+		g.Judges = append(g.Judges, &nras.Client{URL: cmp.Or(c.NRASURL, nras.URL), AllowHold: c.AllowHold, HTTP: client, Now: time.Now})
+	}
+	return g, nil
+}
+
+func newVerifier(c *guestconfig.GPU, policy gpu.Policy, run string, client *http.Client) (*gpu.Verifier, error) {
 	v := &gpu.Verifier{
 		Policy: policy, Now: time.Now,
 		OCSP: &ocsp.Client{URL: ocsp.URL, HTTP: client, Now: time.Now, Rand: rand.Reader, MaxAge: time.Duration(c.OCSPMaxAge) * time.Second},
@@ -69,8 +82,7 @@ func newGPUs(c *guestconfig.GPU, run string, start func(*exec.Cmd) (func() error
 		}
 		v.OCSP.Cache = ocsp.Dir(kept)
 	}
-	g.Judges = []gpus.Judge{v}
-	return g, nil
+	return v, nil
 }
 
 func gpuRoot(text string, builtIn func() *x509.Certificate) (*x509.Certificate, error) {

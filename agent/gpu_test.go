@@ -91,6 +91,8 @@ func TestNewGPUs(t *testing.T) {
 	}{
 		{"local", guestconfig.GPU{Mode: guestconfig.GPULocal, OCSP: "require"}, 1, false, false},
 		{"trustee", guestconfig.GPU{Mode: guestconfig.GPUTrustee, OCSP: "off"}, 0, true, false},
+		{"NRAS", guestconfig.GPU{Mode: guestconfig.GPUNRAS, OCSP: "off"}, 1, false, false},
+		{"local and NRAS", guestconfig.GPU{Mode: guestconfig.GPULocalNRAS, OCSP: "off"}, 2, false, false},
 		{"both", guestconfig.GPU{Mode: guestconfig.GPULocalTrustee, OCSP: "off"}, 1, true, false},
 		{"cached", guestconfig.GPU{Mode: guestconfig.GPULocal, OCSP: "allow_cached", OCSPMaxAge: 60}, 1, false, false},
 		{"roots", guestconfig.GPU{Mode: guestconfig.GPULocal, OCSP: "off", DeviceRoot: pem, RIMRoot: pem}, 1, false, false},

@@ -2,6 +2,8 @@ package kbsclient
 
 import (
 	"context"
+	"crypto/ed25519"
+	"crypto/rand"
 	"crypto/tls"
 	"encoding/json"
 	"errors"
@@ -439,5 +441,33 @@ func TestNewRefuses(t *testing.T) {
 	}
 	if _, err := New(Config{URL: "http://127.0.0.1:8080", AllowHTTP: true}); err != nil {
 		t.Error(err)
+	}
+}
+
+// TestTLSResumed: a second connection resumes the first one's TLS session.
+func TestTLSResumed(t *testing.T) {
+	kbs := newFakeKBS(t)
+	var resumed []bool
+	kbs.override["GET /resource-policy"] = func(w http.ResponseWriter, r *http.Request) {
+		resumed = append(resumed, r.TLS.DidResume)
+		_, _ = io.WriteString(w, "eA")
+	}
+	c := serve(t, kbs, nil)
+	_, key, err := ed25519.GenerateKey(rand.Reader)
+	if err != nil {
+		t.Fatal(err)
+	}
+	admin, err := c.admin(key)
+	if err != nil {
+		t.Fatal(err)
+	}
+	for range 2 {
+		if _, err := admin.ResourcePolicy(t.Context()); err != nil {
+			t.Fatal(err)
+		}
+		c.CloseIdle()
+	}
+	if len(resumed) != 2 || resumed[0] || !resumed[1] {
+		t.Errorf("resumed: %v, want the second one", resumed)
 	}
 }

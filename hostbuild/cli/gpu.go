@@ -25,9 +25,9 @@ func (a *App) gpu() *cobra.Command {
 
 // gpuFlags is the command line of `hostbuild gpu verify`.
 type gpuFlags struct {
-	report, certs, rimDir, nonce, at, ocsp, deviceRoot, rimRoot string
-	fetch, json                                                 bool
-	policy                                                      gpu.Policy
+	report, certs, rimDir, nonce, at, ocsp, ocspDir, deviceRoot, rimRoot string
+	fetch, json                                                          bool
+	policy                                                               gpu.Policy
 }
 
 func (a *App) gpuVerify() *cobra.Command {
@@ -67,7 +67,8 @@ what the device was, not when.`,
 	f.BoolVar(&o.fetch, "fetch", false, "ask NVIDIA's service for RIMs that the folder lacks")
 	f.StringVar(&o.nonce, "nonce", "", "the nonce that was asked with, 64 hex digits")
 	f.StringVar(&o.at, "time", "", "judge at this time (RFC 3339) instead of now")
-	f.StringVar(&o.ocsp, "ocsp", "off", "require: ask NVIDIA's responder about revocation; off")
+	f.StringVar(&o.ocsp, "ocsp", "off", "require: ask NVIDIA's responder about revocation; allow_cached: use an answer of a day; off")
+	f.StringVar(&o.ocspDir, "ocsp-dir", "", "folder of kept answers, for allow_cached; a bundle can carry it")
 	f.StringSliceVar(&o.policy.Drivers, "driver", nil, "allowed driver versions")
 	f.StringSliceVar(&o.policy.VBIOSes, "vbios", nil, "allowed VBIOS versions")
 	f.BoolVar(&o.policy.AllowMissingFWID, "allow-missing-fwid", false, "accept reports of drivers 535 and 545, which do not name their firmware")
@@ -129,8 +130,13 @@ func (o *gpuFlags) verifier() (*gpu.Verifier, error) {
 	}
 	switch v.Policy.OCSP = gpu.OCSP(o.ocsp); v.Policy.OCSP {
 	case gpu.OCSPRequire, gpu.OCSPOff:
+	case gpu.OCSPAllowCached:
+		if o.ocspDir == "" {
+			return nil, fmt.Errorf("%w: --ocsp allow_cached needs --ocsp-dir", errUsage)
+		}
+		v.OCSP.Cache, v.OCSP.MaxAge = ocsp.Dir(o.ocspDir), gpuFresh
 	default:
-		return nil, fmt.Errorf("%w: --ocsp %q is neither require nor off", errUsage, o.ocsp)
+		return nil, fmt.Errorf("%w: --ocsp %q is none of require, allow_cached and off", errUsage, o.ocsp)
 	}
 	if v.DeviceRoot, err = rootCertificate(o.deviceRoot, certs.DeviceRoot); err != nil {
 		return nil, err

@@ -95,6 +95,7 @@ func TestRIMAndGPU(t *testing.T) {
 		{"no nonce", []string{"--report", text, "--time", at, "--nonce", "00"}, 2, "64 hex digits"},
 		{"no time", []string{"--report", text, "--time", "today"}, 2, "--time"},
 		{"other mode of OCSP", []string{"--report", text, "--ocsp", "maybe"}, 2, "--ocsp"},
+		{"kept answers without a folder", []string{"--report", text, "--ocsp", "allow_cached"}, 2, "--ocsp-dir"},
 		{"expired", []string{"--report", text, "--time", "2099-06-01T00:00:00Z"}, 1, "[driver-rim-expired]"},
 		{"expired, allowed", []string{"--report", text, "--time", "2099-06-01T00:00:00Z", "--allow-expired-rim"}, 0, "verified"},
 		{"no report", []string{"--report", chain, "--time", at}, 1, "[report-format]"},

@@ -294,11 +294,7 @@ func (s *Server) attestSession(c *call) (*session, string, error) {
 	if err != nil {
 		return nil, "", err
 	}
-	claims, err := claimsIn(strings.Split(token, ".")[1]) // of our own making
-	if err != nil {
-		return nil, "", err
-	}
-	sess.token, sess.claims, sess.facts = token, claims, f
+	sess.token, sess.facts = token, f
 	s.sessions.keep(sess)
 	return sess, token, nil
 }
@@ -312,24 +308,25 @@ var (
 // tokenOf returns the verified claims that the request stands on: those of its
 // session, else of its bearer token.
 func (s *Server) tokenOf(c *call) (map[string]any, reply, error) {
-	var claims map[string]any
+	read := s.tokens.read // this server signed what its session holds
+	token := ""
 	if sess := s.sessionOf(c); sess != nil {
-		claims, c.facts = sess.attested()
+		token, c.facts = sess.attested()
 	}
-	if claims != nil { // verified when the session got it
-		if err := notExpired(claims, s.now()); err != nil {
-			return nil, fail("TokenVerifierError", "Token Verifier error"), err
+	if token == "" {
+		var err error
+		if token, err = bearer(c.Header.Get("Authorization")); err != nil {
+			return nil, fail("TokenNotFound", "Attestation Token not found"), errTokenNotFound
 		}
-		return claims, reply{}, nil
+		read = s.tokens.verify
 	}
-	token, err := bearer(c.Header.Get("Authorization"))
+	claims, err := read(token, s.now())
 	if err != nil {
-		return nil, fail("TokenNotFound", "Attestation Token not found"), errTokenNotFound
-	}
-	if claims, err = s.tokens.verify(token, s.now()); err != nil {
 		return nil, fail("TokenVerifierError", "Token Verifier error"), err
 	}
-	c.facts = factsOf(claims)
+	if c.facts.tee == "" {
+		c.facts = factsOf(claims)
+	}
 	return claims, reply{}, nil
 }
 

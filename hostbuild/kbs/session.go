@@ -36,21 +36,20 @@ type session struct {
 	tee     string
 	expires time.Time
 
-	mu     sync.Mutex // held while evidence is verified
-	token  string
-	claims map[string]any // the token's, as a reader of it sees them; not changed any more
-	facts  facts
+	mu    sync.Mutex // held while evidence is verified
+	token string     // of our own making
+	facts facts
 }
 
 func (s *session) cookie() string {
 	return fmt.Sprintf("%s=%s; Expires=%s", cookieName, s.id, s.expires.UTC().Format(http.TimeFormat))
 }
 
-// attested returns the claims of the session's token, or nil.
-func (s *session) attested() (map[string]any, facts) {
+// attested returns the session's token, or "".
+func (s *session) attested() (string, facts) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.claims, s.facts
+	return s.token, s.facts
 }
 
 // sessions are the live sessions. Anyone can open one, so there is room for as

@@ -82,13 +82,15 @@ const (
 	CodeConflict    Code = "rim-index-conflict"
 	CodeMeasurement Code = "measurement-mismatch"
 
+	CodeNRASUnreachable Code = "nras-unreachable" // see package nras
+
 	CodeInternal Code = "internal" // the question could not be put
 )
 
 // Unreachable reports whether the check could not be made since a service gave no
 // usable answer: it says nothing about the device.
 func (c Code) Unreachable() bool {
-	for _, end := range []Code{CodeOCSPUnreachable, CodeOCSPFormat, CodeOCSPResponder, CodeOCSPNonce, CodeOCSPStale, codeRIMFetch} {
+	for _, end := range []Code{CodeOCSPUnreachable, CodeOCSPFormat, CodeOCSPResponder, CodeOCSPNonce, CodeOCSPStale, codeRIMFetch, CodeNRASUnreachable} {
 		if strings.HasSuffix(string(c), string(end)) {
 			return true
 		}

@@ -610,6 +610,42 @@ func TestCachedOCSP(t *testing.T) {
 	}
 }
 
+// TestOffline blocks the network: what a bundle carries, pinned RIMs and kept OCSP
+// answers, is enough.
+func TestOffline(t *testing.T) {
+	s := newScene(t, gpu.Hopper)
+	kept, dir := ocsp.Dir(t.TempDir()), t.TempDir()
+	s.verifier.Policy.OCSP = gpu.OCSPAllowCached
+	s.verifier.OCSP.Cache, s.verifier.OCSP.MaxAge = kept, time.Hour
+	if _, err := s.verify(); err != nil {
+		t.Fatal(err)
+	}
+	if err := s.rims.Write(dir); err != nil {
+		t.Fatal(err)
+	}
+	var pins []string
+	for id := range s.rims {
+		files, err := rim.Dir{Path: dir}.RIMs(t.Context(), id)
+		if err != nil {
+			t.Fatal(err)
+		}
+		pins = append(pins, files[0].SHA256)
+	}
+	blocked := &http.Client{Transport: roundTrip(func(r *http.Request) (*http.Response, error) {
+		t.Errorf("%s was asked", r.URL)
+		return nil, errors.New("network is unreachable")
+	})}
+	v := &gpu.Verifier{
+		DeviceRoot: s.verifier.DeviceRoot, RIMRoot: s.verifier.RIMRoot, Policy: s.verifier.Policy, Now: now,
+		RIMs: rim.First{rim.Dir{Path: dir, Pins: pins}, rim.Service{URL: rim.ServiceURL, Client: blocked}},
+		OCSP: &ocsp.Client{URL: ocsp.URL, HTTP: blocked, Now: now, Rand: rand.Reader, Cache: kept, MaxAge: time.Hour},
+	}
+	nonce := [32]byte{77}
+	if r, err := v.Verify(t.Context(), s.device.Evidence(nonce), nonce); err != nil || !r.Chain.Cached {
+		t.Error(err)
+	}
+}
+
 // TestService verifies with RIMs from a service, asked once in a while.
 func TestService(t *testing.T) {
 	s := newScene(t, gpu.Hopper)

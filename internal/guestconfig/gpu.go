@@ -19,9 +19,18 @@ const (
 // Who judges GPUs.
 const (
 	GPULocal        = "local"         // the agent, by RIMs
+	GPUNRAS         = "nras"          // NVIDIA's service
 	GPUTrustee      = "trustee"       // the KBS; never one of 2025-07, which GPU evidence ends
-	GPULocalTrustee = "local+trustee" // both
+	GPULocalNRAS    = "local+nras"    // both must agree
+	GPULocalTrustee = "local+trustee" // both must agree
 )
+
+var gpuModes = []string{GPULocal, GPUNRAS, GPUTrustee, GPULocalNRAS, GPULocalTrustee}
+
+// Local, NRAS and Trustee report who judges.
+func (g *GPU) Local() bool   { return strings.HasPrefix(g.Mode, GPULocal) }
+func (g *GPU) NRAS() bool    { return strings.HasSuffix(g.Mode, GPUNRAS) }
+func (g *GPU) Trustee() bool { return strings.HasSuffix(g.Mode, GPUTrustee) }
 
 // GPU says how NVIDIA GPUs are attested. Without it the guest has none.
 type GPU struct {
@@ -36,6 +45,7 @@ type GPU struct {
 	OCSP            string   `json:"ocsp"`                   // "require", "allow_cached" or "off"
 	OCSPMaxAge      int      `json:"ocsp_max_age,omitempty"` // seconds, of a kept answer
 	AllowHold       bool     `json:"allow_hold,omitempty"`   // certificates on hold
+	NRASURL         string   `json:"nras_url,omitempty"`     // https://host; "": NVIDIA's
 
 	// Roots of simulated devices, PEM; on the simulated platform alone.
 	DeviceRoot string `json:"device_root,omitempty"`
@@ -54,14 +64,16 @@ func (g *GPU) faults(platform string) (faults []string) {
 			faults = append(faults, fmt.Sprintf(format, a...))
 		}
 	}
-	fault(slices.Contains([]string{GPULocal, GPUTrustee, GPULocalTrustee}, g.Mode), "mode %q is not local, trustee or local+trustee", g.Mode)
+	fault(slices.Contains(gpuModes, g.Mode), "mode %q is none of %s", g.Mode, strings.Join(gpuModes, ", "))
 	fault(g.Count >= 0 && g.Count <= maxGPUs, "count %d is not 0..%d", g.Count, maxGPUs)
 	for _, sum := range g.RIMs {
 		b, err := hex.DecodeString(sum)
 		fault(err == nil && len(b) == 32 && sum == strings.ToLower(sum), "rims: %q is not 64 hex characters", sum)
 	}
-	u, err := url.Parse(g.RIMService)
-	fault(g.RIMService == "" || err == nil && u.Scheme == "https" && u.Host != "" && u.User == nil && u.RawQuery == "", "rim_service %q is not https://host", g.RIMService)
+	for name, text := range map[string]string{"rim_service": g.RIMService, "nras_url": g.NRASURL} {
+		u, err := url.Parse(text)
+		fault(text == "" || err == nil && u.Scheme == "https" && u.Host != "" && u.User == nil && u.RawQuery == "", "%s %q is not https://host", name, text)
+	}
 	fault(slices.Contains([]string{"require", "allow_cached", "off"}, g.OCSP), "ocsp %q is not require, allow_cached or off", g.OCSP)
 	fault((g.OCSP == "allow_cached") == (g.OCSPMaxAge > 0), "ocsp_max_age %d: more than 0 with allow_cached, else 0", g.OCSPMaxAge)
 	fault(platform == PlatformSimulated || g.DeviceRoot == "" && g.RIMRoot == "", "device_root and rim_root are for the simulated platform")

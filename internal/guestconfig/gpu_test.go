@@ -17,6 +17,8 @@ func TestValidateGPU(t *testing.T) {
 		{"pinned", PlatformSNP, func(g *GPU) { g.RIMs = []string{strings.Repeat("0a", 32)} }, ""},
 		{"service", PlatformSNP, func(g *GPU) { g.RIMService = "https://rim.example" }, ""},
 		{"roots", PlatformSimulated, func(g *GPU) { g.DeviceRoot, g.RIMRoot = "PEM", "PEM" }, ""},
+		{"NRAS", PlatformSNP, func(g *GPU) { g.Mode, g.NRASURL = GPULocalNRAS, "https://nras.example" }, ""},
+		{"NRAS by http", PlatformSNP, func(g *GPU) { g.Mode, g.NRASURL = GPUNRAS, "http://nras.example" }, "nras_url"},
 		{"no mode", PlatformSNP, func(g *GPU) { g.Mode = "" }, "mode"},
 		{"other mode", PlatformSNP, func(g *GPU) { g.Mode = "none" }, "mode"},
 		{"too many", PlatformSNP, func(g *GPU) { g.Count = 17 }, "count"},

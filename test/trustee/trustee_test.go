@@ -16,6 +16,7 @@ import (
 	"fmt"
 	"net/url"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"regexp"
 	"slices"
@@ -54,7 +55,7 @@ func newEnv(t *testing.T) *harness.Env {
 		t.Fatal(err)
 	}
 	env := &harness.Env{Bin: filepath.Join(root, "bin"), Base: filepath.Join(root, "build/base/simulated"), Dir: t.TempDir(), Log: testWriter{}}
-	for _, p := range []string{env.Bin + "/hostbuild", env.Bin + "/simplatform", env.Bin + "/demo-workload", env.Base + "/base.json"} {
+	for _, p := range []string{env.Bin + "/hostbuild", env.Bin + "/kbs-client", env.Bin + "/simplatform", env.Bin + "/demo-workload", env.Base + "/base.json"} {
 		_, err := os.Stat(p)
 		testenv.Need(t, err == nil, "make all base: "+p+" is missing")
 	}
@@ -138,8 +139,14 @@ func (k *target) prepare(t *testing.T) {
 		t.Fatal(err)
 	}
 	k.settings = filepath.Join(k.env.Dir, "hostbuild.yaml")
-	write(t, k.settings, fmt.Appendf(nil, "kbs:\n  url: %s\n  guest_url: %s\n  ca: %s\n  admin_key: %s\npolicy_dir: %s\nbase_dir: %s\noutput_dir: %s/bundles\n",
-		k.url, k.guestURL, k.ca, k.adminKey, k.folder, k.env.Base, k.env.Dir))
+	names := ""
+	for key, env := range map[string]string{"admin_issuer": "KBS_ADMIN_ISSUER", "admin_audience": "KBS_ADMIN_AUDIENCE"} {
+		if v := os.Getenv(env); v != "" {
+			names += fmt.Sprintf("  %s: %s\n", key, v)
+		}
+	}
+	write(t, k.settings, fmt.Appendf(nil, "kbs:\n  url: %s\n  guest_url: %s\n  ca: %s\n  admin_key: %s\n%spolicy_dir: %s\nbase_dir: %s\noutput_dir: %s/bundles\n",
+		k.url, k.guestURL, k.ca, k.adminKey, names, k.folder, k.env.Base, k.env.Dir))
 }
 
 func (k *target) config(t *testing.T) kbsclient.Config {
@@ -308,7 +315,10 @@ func policyFlow(t *testing.T, k *target) {
 	master := filepath.Join(k.folder, "policy.rego")
 	own := "# mine\n" + closedAll + "\nallow if input.submods.cpu0[\"ear.status\"] == \"nobody\"\n"
 	write(t, master, []byte(own))
-	k.hostbuild(t, "policy", "apply")
+	out, err := exec.CommandContext(t.Context(), filepath.Join(k.env.Bin, "hostbuild"), "--settings", k.settings, "policy", "apply").CombinedOutput()
+	if line := 1 + strings.Count(own[:strings.Index(own, "allow if")], "\n"); err != nil || !strings.Contains(string(out), fmt.Sprintf("warning: %s, line %d: warning: this allow rule ignores", master, line)) {
+		t.Errorf("policy apply: %v, %s; want a warning about line %d", err, out, line)
+	}
 	if got := k.hostbuild(t, "policy", "show"); !strings.HasPrefix(got, own) || !strings.Contains(got, "BEGIN coffer rules") {
 		t.Errorf("policy show: %s", got)
 	}
@@ -321,6 +331,31 @@ func policyFlow(t *testing.T, k *target) {
 		t.Errorf("apply of a text that opens everything: %v", err)
 	}
 	write(t, master, good)
+
+	// The folder as the deployment guide has it: the hook uploads, by kbs-client.
+	write(t, filepath.Join(k.folder, "private.key"), read(t, k.adminKey))
+	hook := filepath.Join(k.folder, "set-policy.sh")
+	issuer := ""
+	for flag, env := range map[string]string{"--admin-issuer": "KBS_ADMIN_ISSUER", "--admin-audience": "KBS_ADMIN_AUDIENCE"} {
+		if v := os.Getenv(env); v != "" {
+			issuer += " " + flag + " " + v
+		}
+	}
+	write(t, hook, fmt.Appendf(nil, "#!/bin/sh\nset -e\n%s/kbs-client --url %s --cert-file %s config --auth-private-key private.key%s set-resource-policy --policy-file policy.rego\ntouch ran\n",
+		k.env.Bin, k.url, k.ca, issuer))
+	if err := os.Chmod(hook, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	k.hostbuild(t, "policy", "apply")
+	if _, err := os.Stat(filepath.Join(k.folder, "ran")); err != nil {
+		t.Errorf("the hook did not run: %v", err)
+	}
+	if got, err := k.admin(t).ResourcePolicy(t.Context()); k.dialect == "T" && (err != nil || !bytes.Equal(got, good)) {
+		t.Errorf("after the hook the KBS holds %q, %v", got, err)
+	}
+	if err := os.Remove(hook); err != nil {
+		t.Fatal(err)
+	}
 }
 
 // guest builds a bundle for sample evidence, boots it, and takes its rule away.
