@@ -123,12 +123,15 @@ func (r *Runner) Start(ctx context.Context) (ended <-chan struct{}, err error) {
 			return nil, errors.New("the workload runs already")
 		}
 	}
-	task, err := r.container.NewTask(ctx, cio.NewCreator(
-		cio.WithStreams(nil, r.cfg.Stdout, r.cfg.Stderr), cio.WithFIFODir(r.cfg.FIFODir)))
+	var held fifos
+	task, err := r.container.NewTask(ctx, held.hold(cio.NewCreator(
+		cio.WithStreams(nil, r.cfg.Stdout, r.cfg.Stderr), cio.WithFIFODir(r.cfg.FIFODir))))
 	if err != nil {
+		held.release()
 		return nil, fmt.Errorf("create the task: %w", err)
 	}
 	if err := task.Start(ctx); err != nil {
+		held.release()
 		r.delete(ctx, task)
 		return nil, fmt.Errorf("start the task: %w", err)
 	}
@@ -138,6 +141,7 @@ func (r *Runner) Start(ctx context.Context) (ended <-chan struct{}, err error) {
 	r.mu.Unlock()
 	go func() {
 		exit := await(task)
+		held.release()
 		r.delete(context.Background(), task)
 		r.mu.Lock()
 		r.exit = exit
@@ -145,6 +149,38 @@ func (r *Runner) Start(ctx context.Context) (ended <-chan struct{}, err error) {
 		close(done)
 	}()
 	return done, nil
+}
+
+// fifos holds the pipes of a run's output open from before its start until its
+// end. The client opens them in the background: a run that was over before
+// would take its output with it, because a pipe that nobody holds forgets.
+type fifos []*os.File
+
+// hold makes create hold the pipes that it makes.
+func (f *fifos) hold(create cio.Creator) cio.Creator {
+	return func(id string) (cio.IO, error) {
+		io, err := create(id)
+		if err != nil {
+			return nil, err
+		}
+		for _, path := range []string{io.Config().Stdout, io.Config().Stderr} {
+			pipe, err := os.OpenFile(path, os.O_RDWR|syscall.O_NONBLOCK, 0)
+			if err != nil {
+				io.Cancel()
+				io.Close()
+				return nil, err
+			}
+			*f = append(*f, pipe)
+		}
+		return io, nil
+	}
+}
+
+func (f *fifos) release() {
+	for _, pipe := range *f {
+		pipe.Close()
+	}
+	*f = nil
 }
 
 // run is the present or last run; done is nil where there was none.
