@@ -38,7 +38,7 @@ func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), syscall.SIGTERM, syscall.SIGINT)
 	defer stop()
 	ctx, cancel := context.WithCancel(ctx)
-	go cancelWithParent(cancel)
+	go cancelWithParent(os.Getppid(), cancel) // asked here: the parent may be gone before the goroutine runs
 	if err := run(ctx, os.Args[1:], os.Stdout); err != nil {
 		fmt.Fprintln(os.Stderr, "simplatform:", err)
 		os.Exit(1)
@@ -48,8 +48,7 @@ func main() {
 // cancelWithParent calls cancel when the parent process has ended. It does not
 // watch standard input, which a shell gives to a program in the background as
 // /dev/null.
-func cancelWithParent(cancel func()) {
-	parent := os.Getppid()
+func cancelWithParent(parent int, cancel func()) {
 	for os.Getppid() == parent {
 		time.Sleep(500 * time.Millisecond)
 	}
