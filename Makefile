@@ -1,8 +1,9 @@
 # Coffer. `make` builds everything into bin/; CI runs these same targets (.ci/run).
 
-# Debian packages that building and testing need; `make deps` installs those that are missing.
-DEPS := gcc libc6-dev pkg-config libseccomp-dev debian-archive-keyring \
-	qemu-system-x86 qemu-utils cryptsetup-bin erofs-utils e2fsprogs nftables busybox-static mmdebstrap shellcheck skopeo nfs-ganesha nfs-ganesha-mem
+# Debian packages that building and the demo need, and what tests need besides;
+# `make deps` installs those that are missing.
+DEPS := gcc libc6-dev pkg-config libseccomp-dev debian-archive-keyring qemu-system-x86 qemu-utils e2fsprogs
+TEST_DEPS := cryptsetup-bin erofs-utils nftables busybox-static mmdebstrap shellcheck skopeo nfs-ganesha nfs-ganesha-mem
 FUZZTIME ?= 20s
 
 # sudo and cron often know no PATH to a Go that is not Debian's.
@@ -69,6 +70,8 @@ build/base/simulated/base.json: build/base/snp/base.json
 install: bin/hostbuild bin/kbs-client
 	install -D -t $(DESTDIR)$(PREFIX)/bin bin/hostbuild bin/kbs-client
 	ln -sf hostbuild $(DESTDIR)$(PREFIX)/bin/cvm_build
+
+test test-e2e bench: DEPS += $(TEST_DEPS)
 
 # Units first; then the scenarios alone, since they time what QEMU does.
 test: all base deps
