@@ -42,8 +42,8 @@ bin/cvm_build: bin/hostbuild # the name that NVFlare's guide uses
 	ln -sf hostbuild $@
 bin/containerd: go.mod go.sum $(wildcard cmd/containerd/*.go)
 	$(BUILD) -ldflags "$(LDFLAGS)" -o $@ ./cmd/containerd
-bin/containerd-shim-runc-v2: go.mod go.sum
-	$(BUILD) -ldflags "$(LDFLAGS)" -o $@ github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2
+bin/containerd-shim-runc-v2: bin/containerd # it looks at the name it is called by
+	ln -f $< $@
 bin/runc: go.mod go.sum | deps # C inside: static, with libseccomp
 	CGO_ENABLED=1 $(CGO_BUILD) -tags "seccomp urfave_cli_no_docs netgo osusergo" \
 	-ldflags "$(LDFLAGS) -extldflags -static -X main.version=$$($(GO) list -m -f '{{.Version}}' github.com/opencontainers/runc | cut -c2-)" \

@@ -9,6 +9,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"net"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -144,26 +145,28 @@ func (d *Daemon) Pid() int {
 	return d.proc.Pid
 }
 
-// serving asks until containerd answers.
+// serving asks until containerd answers. It dials by itself first: gRPC sits out
+// a second after a dial that failed.
 func (d *Daemon) serving(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, servingWithin)
 	defer cancel()
+	tick := time.NewTicker(10 * time.Millisecond)
+	defer tick.Stop()
 	for {
-		try, done := context.WithTimeout(ctx, time.Second)
-		ok, err := d.client.IsServing(try)
-		done()
-		if err == nil && ok {
-			return nil
+		conn, err := net.Dial("unix", d.cfg.Socket())
+		if err == nil {
+			conn.Close()
+			var ok bool
+			if ok, err = d.client.IsServing(ctx); ok {
+				return nil
+			}
 		}
 		select {
 		case <-d.stopped:
 			return fmt.Errorf("containerd: %w", d.Err())
 		case <-ctx.Done():
 			return fmt.Errorf("containerd does not serve at %s: %w", d.cfg.Socket(), errors.Join(ctx.Err(), err))
-		case <-time.After(20 * time.Millisecond):
-			if err != nil {
-				d.client.Reconnect() // do not sit out gRPC's back-off
-			}
+		case <-tick.C:
 		}
 	}
 }

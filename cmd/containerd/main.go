@@ -1,12 +1,15 @@
 // Containerd is containerd with the plugins that a guest needs and no others:
 // one container, overlay and EROFS snapshots, layers that lie on the verified
-// root, no registry, no CRI.
+// root, no registry, no CRI. Under the name containerd-shim-runc-v2 the same
+// program is the shim: both share nearly all of their code, and a guest reads,
+// verifies and keeps it once.
 package main
 
 import (
 	"context"
 	"fmt"
 	"os"
+	"path/filepath"
 
 	"github.com/containerd/containerd/v2/cmd/containerd/command"
 
@@ -43,6 +46,10 @@ import (
 )
 
 func main() {
+	if self, err := os.Executable(); err == nil && filepath.Base(self) == shimName {
+		runShim()
+		return
+	}
 	if err := command.App().Run(context.Background(), os.Args); err != nil {
 		fmt.Fprintln(os.Stderr, "containerd:", err)
 		os.Exit(1)

@@ -5,12 +5,14 @@
 //	initrd-base.img     init and kernel modules, see package initramfs
 //	OVMF.amdsev.fd      firmware
 //	bin/                programs of the verity root: agent, snpguest, containerd, ...
+//	programs.erofs      the same, packed: what the guest mounts at /bin
 //	ca-certificates.crt for the workload
 //	base.json           manifest: what is here and what it was made from
 //	base.lock           the packages that went in, for Params.Locked
 //
 // The SHA-256 of base.json is the base's ID, so a base is content-addressed:
-// the same packages and programs give the same ID on every machine.
+// the same packages and programs give the same ID on every machine that has the
+// same mkfs.erofs.
 //
 // Build needs no root and installs nothing: Debian's packages come through an
 // apt configuration of its own and are unpacked in memory. Open trusts
@@ -46,6 +48,7 @@ const (
 	firmwareFile = "OVMF.amdsev.fd"
 	caFile       = "ca-certificates.crt"
 	programDir   = "bin"
+	programsFile = "programs.erofs"
 	manifestFile = "base.json"
 	lockFile     = "base.lock"
 )
@@ -99,6 +102,7 @@ type Base struct {
 	OVMF     string            // path of the firmware
 	CACerts  string            // path of the CA certificates, PEM
 	Programs map[string]string // path in the guest, "/bin/agent", to path here
+	Packed   string            // path of the EROFS that holds the programs and becomes the guest's /bin
 
 	KernelVersion string // as uname -r prints it
 	Packages      []Package
@@ -150,6 +154,7 @@ func Open(dir string) (*Base, error) {
 		Initrd:        filepath.Join(dir, initrdFile),
 		OVMF:          filepath.Join(dir, firmwareFile),
 		CACerts:       filepath.Join(dir, caFile),
+		Packed:        filepath.Join(dir, programsFile),
 		Programs:      map[string]string{},
 		KernelVersion: m.KernelVersion, Packages: m.Packages, Modules: m.Modules,
 		SHA256: map[string]string{},
@@ -170,7 +175,7 @@ func Open(dir string) (*Base, error) {
 			b.Programs["/"+programDir+"/"+name] = filepath.Join(dir, f.Path)
 		}
 	}
-	names := []string{kernelFile, initrdFile, firmwareFile, caFile}
+	names := []string{kernelFile, initrdFile, firmwareFile, caFile, programsFile}
 	for _, program := range guestPrograms {
 		names = append(names, programDir+"/"+program)
 	}

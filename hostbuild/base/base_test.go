@@ -190,6 +190,21 @@ func TestBuild(t *testing.T) {
 	if info, err := os.Stat(b.Programs["/bin/agent"]); err != nil || info.Mode() != 0o755 {
 		t.Errorf("agent: %v, %v", info, err)
 	}
+	unpacked := filepath.Join(t.TempDir(), "bin")
+	if text, err := exec.Command(testenv.LookTool(t, "fsck.erofs"), "--extract="+unpacked, b.Packed).CombinedOutput(); err != nil {
+		t.Fatalf("fsck.erofs: %v: %s", err, text)
+	}
+	for path, source := range b.Programs {
+		want, _, _ := digestFile(source)
+		if got, _, err := digestFile(filepath.Join(unpacked, filepath.Base(path))); err != nil || got != want {
+			t.Errorf("%s in %s has digest %s, want %s: %v", path, b.Packed, got, want, err)
+		}
+	}
+	packed, err1 := os.Stat(b.Packed)
+	self, err2 := os.Stat(b.Programs["/bin/agent"])
+	if err1 != nil || err2 != nil || packed.Size() >= self.Size() {
+		t.Errorf("five times the same program: packed %v, one %v; want one copy, compressed", packed, self)
+	}
 	image, _ := images.Load("cpu")
 	if got, want := len(b.Modules), len(slices.Concat(image.ModuleNames(PlatformSNP, ""), image.ModuleNames(PlatformSNP, "nfs"))); got != want {
 		t.Errorf("%d modules, want %d", got, want)

@@ -8,6 +8,7 @@ import (
 	"fmt"
 	"maps"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -180,6 +181,13 @@ func build(ctx context.Context, p Params, image *images.Image) (*Base, error) {
 			return nil, err
 		}
 	}
+	packed, err := packPrograms(ctx, filepath.Join(dir, programDir))
+	if err != nil {
+		return nil, err
+	}
+	if err := put(programsFile, packed, 0o644); err != nil {
+		return nil, err
+	}
 	data, err := encode(m)
 	if err != nil {
 		return nil, err
@@ -199,6 +207,51 @@ func build(ctx context.Context, p Params, image *images.Image) (*Base, error) {
 		return nil, err
 	}
 	return Open(p.Out)
+}
+
+// packPrograms makes a compressed EROFS of a folder: every byte that the guest
+// reads is decrypted and verified first, so there had better be few. Programs
+// with the same content become one file, whose pages the guest keeps once.
+func packPrograms(ctx context.Context, dir string) ([]byte, error) {
+	tmp, err := os.MkdirTemp("", "coffer-programs-")
+	if err != nil {
+		return nil, err
+	}
+	defer os.RemoveAll(tmp)
+	tree := filepath.Join(tmp, "tree")
+	if err := os.Mkdir(tree, 0o755); err != nil {
+		return nil, err
+	}
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return nil, err
+	}
+	seen := map[string]string{} // digest to path
+	for _, e := range entries {
+		data, err := os.ReadFile(filepath.Join(dir, e.Name()))
+		if err != nil {
+			return nil, err
+		}
+		path := filepath.Join(tree, e.Name())
+		if first := seen[digest(data)]; first != "" {
+			err = os.Link(first, path)
+		} else {
+			seen[digest(data)] = path
+			err = write(path, data, 0o755)
+		}
+		if err != nil {
+			return nil, err
+		}
+	}
+	if err := os.Chmod(tree, 0o755); err != nil {
+		return nil, err
+	}
+	out := filepath.Join(tmp, programsFile)
+	cmd := exec.CommandContext(ctx, "mkfs.erofs", "-zlz4hc", "-C65536", "-T0", "-U", "00000000-0000-0000-0000-000000000000", "--all-root", out, tree)
+	if text, err := cmd.CombinedOutput(); err != nil {
+		return nil, fmt.Errorf("pack the programs with mkfs.erofs (package erofs-utils): %w\n%s", err, text)
+	}
+	return os.ReadFile(out)
 }
 
 // checkProgram keeps simulation code out of a production base. It is told by

@@ -134,7 +134,7 @@ type KBS struct {
 func Cmdline(platform, cvmID string) string {
 	words := "console=ttyS0 loglevel=4 panic=-1 oops=panic mce=off random.trust_cpu=on random.trust_bootloader=off" +
 		" ia32_emulation=off vsyscall=none debugfs=off efi=noruntime init_on_alloc=1 acpi_no_static_ssdt" +
-		" module.sig_enforce=1 lockdown=integrity"
+		" cryptomgr.notests=1 module.sig_enforce=1 lockdown=integrity"
 	if platform == guestconfig.PlatformSNP {
 		words += " tsc=reliable clocksource=tsc no-kvmclock"
 	}

@@ -193,7 +193,7 @@ func fakeBase(t *testing.T) string {
 	var files []file
 	for name, data := range map[string][]byte{
 		"vmlinuz": []byte("a kernel"), "initrd-base.img": []byte("an initrd"), "OVMF.amdsev.fd": ovmf, "ca-certificates.crt": []byte("certificates"),
-		"bin/agent": []byte("a"), "bin/containerd": []byte("c"), "bin/containerd-shim-runc-v2": []byte("s"), "bin/runc": []byte("r"), "bin/snpguest": []byte("g"),
+		"programs.erofs": []byte("p"), "bin/agent": []byte("a"), "bin/containerd": []byte("c"), "bin/containerd-shim-runc-v2": []byte("s"), "bin/runc": []byte("r"), "bin/snpguest": []byte("g"),
 	} {
 		sum := sha256.Sum256(data)
 		files = append(files, file{name, len(data), hex.EncodeToString(sum[:])})

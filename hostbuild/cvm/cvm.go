@@ -19,7 +19,6 @@ import (
 	"errors"
 	"fmt"
 	"io"
-	"maps"
 	"os"
 	"path/filepath"
 	"slices"
@@ -285,10 +284,8 @@ func rootFiles(b *base.Base) []disk.File {
 		"/image", "/scratch", "/user_config", "/user_data", "/applog", "/vault", "/host"} {
 		fs = append(fs, disk.File{Path: d, Mode: dir | 0o755})
 	}
-	for _, path := range slices.Sorted(maps.Keys(b.Programs)) {
-		fs = append(fs, disk.File{Path: path, Mode: regular | 0o755, Source: b.Programs[path]})
-	}
 	fs = append(fs,
+		disk.File{Path: guestconfig.ProgramsPath, Mode: regular | 0o644, Source: b.Packed}, // mounted at /bin
 		disk.File{Path: "/etc/ssl/certs/ca-certificates.crt", Mode: regular | 0o644, Source: b.CACerts},
 		disk.File{Path: "/etc/passwd", Mode: regular | 0o644, Data: []byte("root:x:0:0:root:/:/nonexistent\n")},
 		disk.File{Path: "/etc/group", Mode: regular | 0o644, Data: []byte("root:x:0:\n")},

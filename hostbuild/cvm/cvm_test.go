@@ -131,7 +131,7 @@ func writeBase(t *testing.T, dir string) {
 		data []byte
 	}{
 		{"vmlinuz", []byte("kernel")}, {"initrd-base.img", []byte("an initrd")}, {"OVMF.amdsev.fd", ovmf}, {"ca-certificates.crt", []byte("CAs\n")},
-		{"bin/agent", bytes.Repeat([]byte("agent"), 10000)}, {"bin/containerd", []byte("c")}, {"bin/containerd-shim-runc-v2", []byte("s")}, {"bin/runc", []byte("r")}, {"bin/snpguest", []byte("g")},
+		{"programs.erofs", bytes.Repeat([]byte("programs"), 10000)}, {"bin/agent", bytes.Repeat([]byte("agent"), 10000)}, {"bin/containerd", []byte("c")}, {"bin/containerd-shim-runc-v2", []byte("s")}, {"bin/runc", []byte("r")}, {"bin/snpguest", []byte("g")},
 	} {
 		if err := os.WriteFile(filepath.Join(dir, f.name), f.data, 0o644); err != nil {
 			t.Fatal(err)

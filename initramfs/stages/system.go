@@ -92,7 +92,11 @@ func mountTSM() error {
 }
 
 func mountRoot(dev string) error {
-	return mountAt(dev, "erofs", newRoot, unix.MS_RDONLY|unix.MS_NODEV, "")
+	const flags = unix.MS_RDONLY | unix.MS_NODEV
+	if err := mountAt(dev, "erofs", newRoot, flags, ""); err != nil {
+		return err
+	}
+	return mountAt(newRoot+guestconfig.ProgramsPath, "erofs", newRoot+"/bin", flags, "")
 }
 
 func readFile(path string, limit int64) ([]byte, error) {

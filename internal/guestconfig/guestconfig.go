@@ -35,6 +35,8 @@ const MaxSize = 1 << 20
 const (
 	// InitrdPath is where the document lies in the initrd.
 	InitrdPath = "etc/coffer/guest.json"
+	// ProgramsPath is the EROFS, in the verity root, that becomes its /bin.
+	ProgramsPath = "/programs.erofs"
 	// AgentPath is the program that init hands over to, in the verity root.
 	AgentPath = "/bin/agent"
 	// HandoverPath is where init leaves a Handover for the agent.

@@ -208,8 +208,8 @@ func TestScenarios(t *testing.T) {
 			g := payloadByteFlipped(t, l, 1024)
 			g.refused("verity", "E_VERITY", "does not match root hash")
 		}},
-		{"AgentByteFlipped", func(t *testing.T, l *line) {
-			g := payloadByteFlipped(t, l, 4096+64) // the first file's data: the agent's ELF header
+		{"ProgramByteFlipped", func(t *testing.T, l *line) {
+			g := payloadByteFlipped(t, l, 4096+64) // the first file: the programs, the agent among them
 			g.off()
 			if text := g.Console.Text(); !strings.Contains(text, "dm-verity device corrupted") || strings.Contains(text, "phase=system") {
 				t.Errorf("verity did not stop the machine:\n%s", text)
