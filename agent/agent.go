@@ -1,4 +1,4 @@
-// Package agent is what a guest does after its init: PID 1 of the verity root.
+// Package agent is what a guest does after its init, as the one child of PID 1.
 // It mounts what the workload needs, opens exactly the ports of the guest
 // config, runs the image's container, and attests: once before the workload
 // starts, then again and again for as long as it runs.

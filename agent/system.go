@@ -8,6 +8,7 @@ import (
 	"net"
 	"net/netip"
 	"os"
+	"os/exec"
 	"os/signal"
 	"path/filepath"
 	"strings"
@@ -18,7 +19,6 @@ import (
 
 	"coffer/agent/drives"
 	"coffer/agent/nfs"
-	"coffer/agent/reaper"
 	"coffer/internal/boot"
 	"coffer/internal/evidence"
 	"coffer/internal/firewall"
@@ -27,12 +27,10 @@ import (
 	"coffer/kbsclient"
 )
 
-// System is the machine that this process is the first program of. flush gives
+// System is the machine that this process is the agent of. flush gives
 // the console the time that it is worth, before the power goes.
 func System(flush func()) Deps {
 	go readAhead("/bin/containerd", "/bin/containerd-shim-runc-v2", "/bin/runc")
-	r := reaper.New()
-	go r.Run(nil)
 	return Deps{
 		Paths: Paths{
 			Bin: "/bin", Run: "/run", Applog: "/applog", UserConfig: "/user_config", UserData: "/user_data",
@@ -53,7 +51,7 @@ func System(flush func()) Deps {
 		Overlay:    drives.Overlay,
 		Evidence:   evidence.Open,
 		KBS:        newKBS,
-		StartChild: r.Start,
+		StartChild: startChild,
 		GPUs:       newGPUs,
 		Now:        SinceKernelStart,
 		Stop:       stopRequests(),
@@ -73,6 +71,15 @@ func readAhead(paths ...string) {
 			f.Close()
 		}
 	}
+}
+
+// startChild starts a child that its owner waits for by calling wait once. Whose
+// parents end before them are PID 1's.
+func startChild(cmd *exec.Cmd) (wait func() error, err error) {
+	if err := cmd.Start(); err != nil {
+		return nil, err
+	}
+	return cmd.Wait, nil
 }
 
 // SinceKernelStart counts the time that the machine was suspended, too.

@@ -1,5 +1,6 @@
 // Init is the first program of a guest: /init of its initrd. See package stages
-// for what it does. It takes no arguments and reads no environment.
+// for what it does, and package watch for what it becomes. It takes no arguments
+// and reads no environment.
 package main
 
 import (
@@ -11,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"coffer/initramfs/stages"
+	"coffer/initramfs/watch"
 	"coffer/internal/boot"
 	"coffer/internal/evidence"
 	"coffer/internal/guestconfig"
@@ -22,7 +24,11 @@ func main() {
 		os.Exit(2)
 	}
 	log := boot.NewLog(os.Stdout, evidence.Platform == guestconfig.PlatformSimulated, sinceKernelStart)
-	stages.Boot(context.Background(), log, stages.System())
+	if os.Args[0] == watch.Self {
+		watch.Run(log, guestconfig.AgentPath, boot.PowerOff)
+	} else {
+		stages.Boot(context.Background(), log, stages.System())
+	}
 	os.Exit(1) // the kernel panics: a power-off that failed must not go on
 }
 

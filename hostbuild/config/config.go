@@ -41,6 +41,7 @@ type Config struct {
 	Workload    guestconfig.Workload // without image and profile
 	Profile     string               // name of a workload profile, "" to choose by what the CVM runs
 	Peers       guestconfig.Peers
+	ACPITables  []string // signatures that the host may give besides q35's own
 	API         guestconfig.API
 
 	Issuers []Issuer
@@ -118,6 +119,12 @@ func build(doc *yamlcheck.Doc, m *yamlcheck.Map) (*Config, error) {
 	c.Attestation = attestation(m)
 	workload(c, m.Map("workload"))
 	c.Peers = peers(m.Map("peers"))
+	c.ACPITables = m.Strings("acpi_tables")
+	for i, t := range c.ACPITables {
+		if !guestconfig.ValidACPITable(t) {
+			m.FaultItemf("acpi_tables", i, "%q is not the signature of an ACPI table, four capital letters such as SSDT", t)
+		}
+	}
 	c.API.KDS = m.String("kds_url", "")
 	if !m.Has("kds_url") && slices.Contains(c.Network.AllowedOutPorts, guestconfig.Port{Port: 443, Proto: "tcp"}) {
 		c.API.KDS = amdKDS

@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/anatol/devmapper.go"
@@ -33,9 +34,11 @@ func System() Deps {
 		WriteFile:  writeFile,
 		Now:        time.Now,
 		SetClock:   setClock,
+		ACPITables: func() ([]ACPITable, error) { return readACPITables("/sys/firmware/acpi/tables") },
 		LoadModule: loadModule,
 		MountTSM:   mountTSM,
 		Sysctl:     sysctl,
+		Lockdown:   lockdown,
 		Evidence:   evidence.Open,
 		Firewall:   firewall.Apply,
 		Network:    netup.Configure,
@@ -67,6 +70,10 @@ func mountEarly() error {
 		if err := mountAt(m.fs, m.fs, m.at, m.flags, m.data); err != nil {
 			return err
 		}
+	}
+	// No core dump of a program that holds the key.
+	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}); err != nil {
+		return fmt.Errorf("limit core: %w", err)
 	}
 	// Our own resolver reads the files that the agent will be left with.
 	if err := os.MkdirAll("/etc", 0o755); err != nil {
@@ -149,6 +156,21 @@ func sysctl(name, value string) error {
 	}
 	_, err = f.WriteString(value)
 	return errors.Join(err, f.Close())
+}
+
+// lockdown reads, of "none [integrity] confidentiality", the word in brackets.
+func lockdown() (string, error) {
+	const at = "/sys/kernel/security"
+	if err := mountAt("securityfs", "securityfs", at, unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil {
+		return "", err
+	}
+	text, err := readFile(at+"/lockdown", 256)
+	if err := errors.Join(err, unix.Unmount(at, 0)); err != nil {
+		return "", fmt.Errorf("the kernel's lockdown: %w", err)
+	}
+	_, rest, _ := strings.Cut(string(text), "[")
+	mode, _, _ := strings.Cut(rest, "]")
+	return mode, nil
 }
 
 func lookup(ctx context.Context, host string) ([]netip.Addr, error) {

@@ -29,6 +29,7 @@ const (
 	CodeInternal       Code = "E_INTERNAL"        // a defect of Coffer itself, or a panic
 	CodeTimeout        Code = "E_TIMEOUT"         // the phase's deadline passed
 	CodeConfig         Code = "E_CONFIG"          // the guest config is missing or invalid
+	CodeACPI           Code = "E_ACPI"            // the host gives ACPI tables that are not expected
 	CodeModules        Code = "E_MODULES"         // a kernel module did not load
 	CodeEvidence       Code = "E_EVIDENCE"        // the platform gives no attestation report
 	CodeClock          Code = "E_CLOCK"           // the clock stands where it cannot be

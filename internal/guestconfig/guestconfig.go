@@ -88,6 +88,9 @@ type Config struct {
 	Peers       Peers       `json:"peers,omitzero"`
 	API         API         `json:"api,omitzero"`
 	GPU         *GPU        `json:"gpu,omitempty"`
+	// ACPITables are signatures of tables that the host may give, besides those
+	// that every q35 machine has.
+	ACPITables []string `json:"acpi_tables,omitempty"`
 }
 
 // Peers is what the workload's snpguest accepts of other CVMs' reports, beyond
@@ -333,6 +336,7 @@ var (
 	cvmID    = regexp.MustCompile(`^cvm_[0-9a-f]{12}$`)
 	resource = regexp.MustCompile(`^[a-zA-Z0-9_-][a-zA-Z0-9_.-]*/[a-zA-Z0-9_-][a-zA-Z0-9_.-]*/[a-zA-Z0-9_-][a-zA-Z0-9_.-]*$`)
 	digest   = regexp.MustCompile(`^sha256:[0-9a-f]{64}$`)
+	acpiName = regexp.MustCompile(`^[A-Z0-9_]{4}$`)
 	hostName = regexp.MustCompile(`^[a-zA-Z0-9]([a-zA-Z0-9._-]{0,252})$`)
 )
 
@@ -374,6 +378,9 @@ func (p Profile) faults() (faults []string) {
 
 // ValidCVMID reports whether id has the form cvm_<12 lower-case hex>.
 func ValidCVMID(id string) bool { return cvmID.MatchString(id) }
+
+// ValidACPITable reports whether name is the signature of an ACPI table.
+func ValidACPITable(name string) bool { return acpiName.MatchString(name) }
 
 // ValidHostName reports whether name can stand in /etc/hosts.
 func ValidHostName(name string) bool { return hostName.MatchString(name) }
@@ -473,6 +480,9 @@ func (c *Config) Validate() error {
 	for _, r := range c.API.Resources {
 		check(resource.MatchString(r), "api.resources: %q is not repository/type/tag", r)
 		check(path.Dir(r) != path.Dir(c.KBS.KeyPath) && r != c.KBS.CanaryPath, "api.resources: %q: the workload gets no disk's key and no canary", r)
+	}
+	for _, t := range c.ACPITables {
+		check(ValidACPITable(t), "acpi_tables: %q is not a table's signature", t)
 	}
 	if c.API.KDS != "" {
 		u, err := url.Parse(c.API.KDS)
