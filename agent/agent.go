@@ -26,6 +26,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"sync"
 	"time"
 
@@ -313,7 +314,8 @@ func (a *agent) takeOver(context.Context) error {
 
 // ports opens the workload's ports. Until here only the KBS was reachable.
 func (a *agent) ports(context.Context) error {
-	a.log.Printf("coffer: allowed ports in=%s out=%s, and out to the KBS and the resolvers", portList(a.cfg.Network.AllowedPorts), portList(a.cfg.Network.AllowedOutPorts))
+	a.log.Printf("coffer: allowed ports in=%s out=%s", portList(a.cfg.Network.AllowedPorts), portList(a.cfg.Network.AllowedOutPorts))
+	a.log.Printf("coffer: the guest's own ports out=%s", strings.Join(a.net.own(), ","))
 	return a.net.apply()
 }
 
