@@ -261,6 +261,12 @@ func (b *bench) boot(ctx context.Context) error {
 			_, err = vm.Expect(bctx, `attestation round=\d+ verdict=pass`)
 		}
 		cancel()
+		if err == nil { // in order: the drive must be whole, and QEMU must let go of it
+			vm.Stop()
+			wctx, done := context.WithTimeout(ctx, 2*time.Minute)
+			err = vm.Wait(wctx)
+			done()
+		}
 		vm.Kill()
 		if err != nil {
 			return err
