@@ -12,6 +12,8 @@ import (
 	"slices"
 	"strings"
 
+	"golang.org/x/sys/unix"
+
 	"coffer/internal/boot"
 )
 
@@ -52,8 +54,9 @@ func (g *guest) acpi(context.Context) error {
 
 // ACPITable is one table as the kernel has it.
 type ACPITable struct {
-	// Name is the signature, with a number behind it where there are several.
-	// dynamic/ stands before those that bytecode has loaded.
+	// Name is the signature, with a number behind it where there are several and
+	// "(ignored)" where the kernel did as it was told. dynamic/ stands before those
+	// that bytecode has loaded.
 	Name string
 	Data []byte // DSDT's alone
 }
@@ -62,6 +65,51 @@ const dynamicTables = "dynamic/"
 
 // maxDSDT bounds what is read; q35's has 8 KiB.
 const maxDSDT = 4 << 20
+
+// ignored finds, in a record of the kernel's log, the table that the kernel has
+// not taken because of acpi_no_static_ssdt. It is nowhere else to be seen.
+func ignored(record string) (ACPITable, bool) {
+	_, name, ok := strings.Cut(record, "ACPI: Ignoring installation of ")
+	if !ok || len(name) < 4 {
+		return ACPITable{}, false
+	}
+	return ACPITable{Name: name[:4] + "(ignored)"}, true
+}
+
+// kernelLog calls f with each record of /dev/kmsg.
+func kernelLog(f func(record string)) error {
+	fd, err := unix.Open("/dev/kmsg", unix.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
+	if err != nil {
+		return fmt.Errorf("read the kernel's log: %w", err)
+	}
+	defer unix.Close(fd)
+	record := make([]byte, 8192)
+	for {
+		n, err := unix.Read(fd, record)
+		switch {
+		case err == unix.EAGAIN: // that was the last one
+			return nil
+		case err == unix.EPIPE || err == unix.EINTR: // some were overwritten
+		case err != nil:
+			return fmt.Errorf("read the kernel's log: %w", err)
+		default:
+			f(string(record[:n]))
+		}
+	}
+}
+
+// acpiTablesOfKernel is all that the kernel has or has refused.
+func acpiTablesOfKernel() ([]ACPITable, error) {
+	tables, err := readACPITables("/sys/firmware/acpi/tables")
+	if err != nil {
+		return nil, err
+	}
+	return tables, kernelLog(func(record string) {
+		if t, ok := ignored(record); ok {
+			tables = append(tables, t)
+		}
+	})
+}
 
 // readACPITables reads /sys/firmware/acpi/tables, at dir.
 func readACPITables(dir string) ([]ACPITable, error) {

@@ -7,6 +7,20 @@ import (
 	"testing"
 )
 
+func TestIgnored(t *testing.T) {
+	for record, want := range map[string]string{
+		"6,123,456,-;ACPI: Ignoring installation of SSDT at 000000003FFE0000": "SSDT(ignored)",
+		"6,123,456,-;ACPI: SSDT 0x000000003FFE0000 000027 (v01)":              "",
+		"6,123,456,-;ACPI: Ignoring installation of SS":                       "",
+		"": "",
+	} {
+		got, ok := ignored(record)
+		if got.Name != want || ok != (want != "") {
+			t.Errorf("%q: %q, %v", record, got.Name, ok)
+		}
+	}
+}
+
 func TestReadACPITables(t *testing.T) {
 	dir := t.TempDir()
 	for _, name := range []string{"APIC", "DSDT", "SSDT1", "SSDT2", "data/BERT", "dynamic/SSDT3"} {

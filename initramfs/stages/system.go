@@ -34,7 +34,7 @@ func System() Deps {
 		WriteFile:  writeFile,
 		Now:        time.Now,
 		SetClock:   setClock,
-		ACPITables: func() ([]ACPITable, error) { return readACPITables("/sys/firmware/acpi/tables") },
+		ACPITables: acpiTablesOfKernel,
 		LoadModule: loadModule,
 		MountTSM:   mountTSM,
 		Sysctl:     sysctl,
