@@ -5,8 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"net"
-	"net/netip"
 	"os"
 	"os/exec"
 	"os/signal"
@@ -43,7 +41,7 @@ func System(flush func()) Deps {
 		Hostname:   func(name string) error { return unix.Sethostname([]byte(name)) },
 		Firewall:   firewall.Apply,
 		Network:    netup.Configure,
-		Lookup:     lookup,
+		Lookup:     netup.Lookup,
 		Attach:     drives.Attach,
 		Detach:     detach,
 		Share:      nfs.Share,
@@ -53,7 +51,7 @@ func System(flush func()) Deps {
 		KBS:        newKBS,
 		StartChild: startChild,
 		GPUs:       newGPUs,
-		Now:        SinceKernelStart,
+		Now:        boot.SinceKernelStart,
 		Stop:       stopRequests(),
 		PowerOff: func() {
 			flush()
@@ -80,15 +78,6 @@ func startChild(cmd *exec.Cmd) (wait func() error, err error) {
 		return nil, err
 	}
 	return cmd.Wait, nil
-}
-
-// SinceKernelStart counts the time that the machine was suspended, too.
-func SinceKernelStart() time.Duration {
-	var t unix.Timespec
-	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &t); err != nil {
-		return 0
-	}
-	return time.Duration(t.Nano())
 }
 
 // mountSystem makes of what init has left (/dev, /proc, /sys, /run) a system that
@@ -201,13 +190,6 @@ func readHandover() ([]byte, error) {
 		return nil, err
 	}
 	return b, os.Remove(guestconfig.HandoverPath)
-}
-
-func lookup(ctx context.Context, host string) ([]netip.Addr, error) {
-	if a, err := netip.ParseAddr(host); err == nil {
-		return []netip.Addr{a}, nil
-	}
-	return net.DefaultResolver.LookupNetIP(ctx, "ip", host)
 }
 
 // detach unmounts; a drive that is still in use is made read-only and let go.

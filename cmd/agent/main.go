@@ -34,7 +34,7 @@ func main() {
 	own := applog.NewAsync(console, logQueue, applog.LineNotice)
 	tee := applog.NewTee(own)
 	agent.Run(agent.System(func() { own.Close(flushTime) }), agent.Output{
-		Log:      boot.NewLog(tee, evidence.Platform == guestconfig.PlatformSimulated, agent.SinceKernelStart),
+		Log:      boot.NewLog(tee, evidence.Platform == guestconfig.PlatformSimulated, boot.SinceKernelStart),
 		Tee:      tee,
 		Workload: applog.NewAsync(console, workloadQueue, agent.WorkloadNotice),
 	})

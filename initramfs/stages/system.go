@@ -42,7 +42,7 @@ func System() Deps {
 		Evidence:   evidence.Open,
 		Firewall:   firewall.Apply,
 		Network:    netup.Configure,
-		Lookup:     lookup,
+		Lookup:     netup.Lookup,
 		FetchKey:   fetchKey,
 		OpenDisk:   openDisk,
 		OpenVerity: openVerity,
@@ -171,13 +171,6 @@ func lockdown() (string, error) {
 	_, rest, _ := strings.Cut(string(text), "[")
 	mode, _, _ := strings.Cut(rest, "]")
 	return mode, nil
-}
-
-func lookup(ctx context.Context, host string) ([]netip.Addr, error) {
-	if a, err := netip.ParseAddr(host); err == nil {
-		return []netip.Addr{a}, nil
-	}
-	return net.DefaultResolver.LookupNetIP(ctx, "ip", host)
 }
 
 func fetchKey(ctx context.Context, kbs guestconfig.KBS, peers []netip.AddrPort, a kbsclient.Attester) ([]byte, error) {
