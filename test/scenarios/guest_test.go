@@ -323,33 +323,48 @@ func TestGuestRefusesTheHost(t *testing.T) {
 	}
 }
 
-// A crash of the agent ends in the FAILED line and the power off.
-func TestGuestAgentKilled(t *testing.T) {
+// A killed containerd stops neither the workload nor its output; a killed agent
+// ends in the FAILED line and the power off.
+func TestGuestKilledPrograms(t *testing.T) {
 	l := setupKBS(t)
-	programs := filepath.Join(l.env.Dir, "programs")
+	l.baseWithSaboteur(t)
+	const end = 14
+	g := boot(t, l.probeBundle(t, "cc_attestation:\n  check_frequency: 2\n", "tick", "3", "containerd", "7", "containerd", strconv.Itoa(end), "agent"))
+	for _, c := range []struct{ tick, restart int }{{3, 1}, {7, 2}} {
+		g.expect(fmt.Sprintf(`workload: probe: tick ok %d `, c.tick))
+		g.expect(fmt.Sprintf(`containerd ended reason="signal: killed" restart=%d`, c.restart))
+		g.expect(`attestation round=\d+ verdict=pass`)
+	}
+	g.expect(fmt.Sprintf(`workload: probe: tick ok %d `, end))
+	g.off()
+	var ticks []string
+	for _, m := range regexp.MustCompile(`workload: probe: tick ok (\d+)`).FindAllStringSubmatch(g.Console.Text(), -1) {
+		ticks = append(ticks, m[1])
+	}
+	for i, tick := range ticks {
+		if tick != strconv.Itoa(i+1) {
+			t.Fatalf("the workload's output has gaps or was started anew: %v", ticks)
+		}
+	}
+	g.failed("run", "E_INTERNAL", "/bin/agent ended: signal 9, killed")
+}
+
+// baseWithSaboteur has bundles built with an agent that kills what the workload
+// names, itself included.
+func (l *line) baseWithSaboteur(t *testing.T) {
+	t.Helper()
+	programs, base, root := filepath.Join(l.env.Dir, "programs"), filepath.Join(l.env.Dir, "base"), filepath.Dir(l.env.Bin)
 	if out, err := exec.Command("cp", "-r", l.env.Bin, programs).CombinedOutput(); err != nil {
 		t.Fatalf("cp: %v\n%s", err, out)
 	}
-	source := filepath.Join(t.TempDir(), "main.go")
-	write(t, source, []byte(`package main
-
-import (
-	"fmt"
-	"syscall"
-)
-
-func main() {
-	fmt.Println("the agent's last words")
-	syscall.Kill(syscall.Getpid(), syscall.SIGKILL)
-}
-`))
-	build := exec.Command("go", "build", "-tags", "simulated", "-o", filepath.Join(programs, "agent-simulated"), source)
+	overlay := filepath.Join(t.TempDir(), "overlay.json")
+	write(t, overlay, fmt.Appendf(nil, `{"Replace": {%q: %q}}`, filepath.Join(root, "cmd/agent/saboteur.go"), filepath.Join(root, "test/scenarios/testdata/saboteur.go")))
+	build := exec.Command("go", "build", "-tags", "simulated", "-overlay", overlay, "-o", filepath.Join(programs, "agent-simulated"), "./cmd/agent")
+	build.Dir = root
 	build.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=")
 	if out, err := build.CombinedOutput(); err != nil {
 		t.Fatalf("go build: %v\n%s", err, out)
 	}
-	root := filepath.Dir(l.env.Bin)
-	base := filepath.Join(l.env.Dir, "base")
 	if _, err := l.env.Run(t.Context(), "hostbuild", "base", "build", "--platform", "simulated", "--programs", programs, "--out", base,
 		"--cache", filepath.Join(root, "build/cache"), "--locked", filepath.Join(l.env.Base, "base.lock")); err != nil {
 		t.Fatal(err)
@@ -359,9 +374,6 @@ func main() {
 	if l.settings, err = l.kbs.Settings(); err != nil {
 		t.Fatal(err)
 	}
-	g := boot(t, l.probeBundle(t, "", "tick"))
-	g.expect(`the agent's last words`)
-	g.refused("run", "E_INTERNAL", "/bin/agent ended: signal 9, killed")
 }
 
 // A workload that ends again and again is started again and again, ever slower,

@@ -40,15 +40,26 @@ func main() {
 		select {}
 	case "applog":
 		applog()
-	case "tick": // a workload that says that it lives
-		for i := 1; ; i++ {
-			say("tick", "ok", strconv.Itoa(i))
-			time.Sleep(time.Second)
-		}
+	case "tick":
+		tick(args)
 	case "exit":
 		say("exit", "ok", args[0])
 		code, _ := strconv.Atoi(args[0])
 		os.Exit(code)
+	}
+}
+
+// tick is a workload that says that it lives. orders are pairs: at which tick to
+// have which program killed.
+func tick(orders []string) {
+	for i := 1; ; i++ {
+		say("tick", "ok", strconv.Itoa(i)+" ")
+		if len(orders) > 1 && orders[0] == strconv.Itoa(i) {
+			os.WriteFile("/applog/order", []byte(orders[1]), 0o644)
+			os.Rename("/applog/order", "/applog/kill")
+			orders = orders[2:]
+		}
+		time.Sleep(time.Second)
 	}
 }
 
