@@ -129,7 +129,7 @@ func delegate(root string) error {
 			return fmt.Errorf("cgroup controller %s: %w", c, err)
 		}
 	}
-	for _, c := range []string{"memory", "pids"} {
+	for _, c := range []string{"cpu", "memory", "pids"} {
 		if !strings.Contains(" "+strings.TrimSpace(string(have))+" ", " "+c+" ") {
 			return fmt.Errorf("the kernel has no cgroup controller %s: the workload's limits would not hold", c)
 		}

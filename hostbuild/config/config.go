@@ -315,11 +315,12 @@ const amdKDS = "https://kdsintf.amd.com"
 func workload(c *Config, m *yamlcheck.Map) {
 	defer m.Finish()
 	w := guestconfig.Workload{
-		Restart:   m.OneOf("restart", guestconfig.RestartNever, guestconfig.RestartNever, guestconfig.RestartOnFailure, guestconfig.RestartAlways),
-		Args:      m.Strings("args"),
-		MemoryMiB: m.Int("memory_mib", 0, 0, 16<<20),
-		PidsMax:   m.Int("pids_max", 4096, 16, 1<<22),
-		TmpMiB:    m.Int("tmp_mib", 256, 1, 1<<20),
+		Restart:    m.OneOf("restart", guestconfig.RestartNever, guestconfig.RestartNever, guestconfig.RestartOnFailure, guestconfig.RestartAlways),
+		Args:       m.Strings("args"),
+		MemoryMiB:  m.Int("memory_mib", 0, 0, 16<<20),
+		CPUPercent: m.Int("cpu_percent", 0, 0, guestconfig.MaxCPUPercent),
+		PidsMax:    m.Int("pids_max", 4096, 16, 1<<22),
+		TmpMiB:     m.Int("tmp_mib", 256, 1, 1<<20),
 	}
 	env := m.Map("env")
 	for _, k := range env.Keys() {

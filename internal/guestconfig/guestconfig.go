@@ -184,16 +184,20 @@ type Attestation struct {
 
 // Workload is how the container runs.
 type Workload struct {
-	ImageName   string   `json:"image_name"`     // name of the image in ImageMetaPath's index
-	ImageDigest string   `json:"image_digest"`   // sha256:<hex> of the manifest
-	Args        []string `json:"args,omitempty"` // replaces the image's Cmd, not its entry point
-	Env         []string `json:"env,omitempty"`  // added to the image's, NAME=value
-	MemoryMiB   int64    `json:"memory_mib"`     // 0: no limit of its own
+	ImageName   string   `json:"image_name"`            // name of the image in ImageMetaPath's index
+	ImageDigest string   `json:"image_digest"`          // sha256:<hex> of the manifest
+	Args        []string `json:"args,omitempty"`        // replaces the image's Cmd, not its entry point
+	Env         []string `json:"env,omitempty"`         // added to the image's, NAME=value
+	MemoryMiB   int64    `json:"memory_mib"`            // 0: no limit of its own
+	CPUPercent  int64    `json:"cpu_percent,omitempty"` // of one vCPU; 0: no limit of its own
 	PidsMax     int64    `json:"pids_max"`
 	TmpMiB      int64    `json:"tmp_mib"`           // size of /tmp, in RAM
 	Restart     string   `json:"restart,omitempty"` // RestartNever where it is ""
 	Profile     Profile  `json:"profile,omitzero"`
 }
+
+// MaxCPUPercent is 512 vCPUs.
+const MaxCPUPercent = 51200
 
 // What happens when the workload ends by itself.
 const (
@@ -488,7 +492,8 @@ func (c *Config) Validate() error {
 		u, err := url.Parse(c.API.KDS)
 		check(err == nil && u.Scheme == "https" && u.Host != "" && u.User == nil && u.Path == "" && u.RawQuery == "", "api.kds %q is not https://host", c.API.KDS)
 	}
-	check(w.MemoryMiB >= 0 && w.PidsMax > 0 && w.TmpMiB > 0, "workload: memory_mib, pids_max or tmp_mib is out of range")
+	check(w.MemoryMiB >= 0 && w.CPUPercent >= 0 && w.CPUPercent <= MaxCPUPercent && w.PidsMax > 0 && w.TmpMiB > 0,
+		"workload: memory_mib, cpu_percent, pids_max or tmp_mib is out of range")
 
 	uc := &c.UserConfig
 	switch uc.Integrity {
