@@ -57,7 +57,7 @@ func (a *App) Run(ctx context.Context, args []string) int {
 	if strings.HasPrefix(filepath.Base(args[0]), "cvm_build") || len(rest) == 1 && isYAML(rest[0]) {
 		rest = append([]string{"cvm"}, rest...)
 	}
-	root := a.root()
+	root := a.Command()
 	root.SetArgs(rest)
 	root.SetOut(a.Stdout)
 	root.SetErr(a.Stderr)
@@ -84,7 +84,8 @@ func (a *App) say(heading, text string) {
 	}
 }
 
-func (a *App) root() *cobra.Command {
+// Command is the whole command line, for those who describe it.
+func (a *App) Command() *cobra.Command {
 	root := &cobra.Command{
 		Use:   "hostbuild",
 		Short: "Build, register and inspect confidential VM bundles",

@@ -75,7 +75,21 @@ func Read(path string) (*Settings, error) {
 	if err != nil {
 		return nil, fmt.Errorf("settings: %w", err)
 	}
-	s := &Settings{File: path}
+	return build(path, doc, m)
+}
+
+// Keys lists all keys of a settings file.
+func Keys() []*yamlcheck.Key {
+	doc, m, err := yamlcheck.Parse("", []byte("min_tcb: {Turin: {}}"))
+	if err != nil {
+		panic(err) // of a constant
+	}
+	_, _ = build("", doc, m) // what is wrong with the values does not matter
+	return doc.Asked()
+}
+
+func build(path string, doc *yamlcheck.Doc, m *yamlcheck.Map) (s *Settings, err error) {
+	s = &Settings{File: path}
 	kbs := m.Map("kbs")
 	s.KBSURL = kbs.Required("url", "where the KBS is, such as https://kbs.example:8999")
 	s.KBSGuestURL = kbs.String("guest_url", s.KBSURL)
