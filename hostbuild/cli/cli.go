@@ -101,7 +101,7 @@ gives its key and its rule to a Trustee KBS, and can be that KBS itself.`,
 	root.CompletionOptions.HiddenDefaultCmd = true
 	root.PersistentFlags().StringVar(&a.settingsFile, "settings", "", "settings of this build host (default $COFFER_SETTINGS, ~/.config/coffer/hostbuild.yaml, /etc/coffer/hostbuild.yaml)")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return fmt.Errorf("%w: %w", errUsage, err) })
-	root.AddCommand(a.cvm(), a.verify(), a.cache(), a.base(), a.kbs(), a.policy(), a.drive(), a.measure(), a.report(), a.rim(), a.gpu())
+	root.AddCommand(a.cvm(), a.verify(), a.cache(), a.base(), a.kbs(), a.policy(), a.drive(), a.measure(), a.report(), a.rim(), a.gpu(), a.doctor())
 	return root
 }
 
@@ -123,16 +123,20 @@ func usage(p cobra.PositionalArgs) cobra.PositionalArgs {
 }
 
 func (a *App) settings() (*settings.Settings, error) {
-	path, err := settings.Find(a.settingsFile, os.Getenv)
-	if err != nil {
-		return nil, err
-	}
-	s, err := settings.Read(path)
+	s, err := a.readSettings()
 	if err != nil {
 		return nil, err
 	}
 	a.warn(s.Warnings)
 	return s, nil
+}
+
+func (a *App) readSettings() (*settings.Settings, error) {
+	path, err := settings.Find(a.settingsFile, os.Getenv)
+	if err != nil {
+		return nil, err
+	}
+	return settings.Read(path)
 }
 
 func (a *App) warn(ws []string) {
