@@ -24,15 +24,17 @@ import (
 // App is the program.
 type App struct {
 	Version        string
+	Stdin          io.Reader
 	Stdout, Stderr io.Writer
 	Terminal       bool // Stderr is a terminal: progress may be shown
+	Asks           bool // Stdin is one too: questions may be asked
 
 	settingsFile string
 }
 
 // Main runs the program on this process's outputs and returns the exit code.
 func Main(ctx context.Context, version string, args []string) int {
-	a := &App{Version: version, Stdout: os.Stdout, Stderr: os.Stderr, Terminal: term.IsTerminal(2)}
+	a := &App{Version: version, Stdin: os.Stdin, Stdout: os.Stdout, Stderr: os.Stderr, Terminal: term.IsTerminal(2), Asks: term.IsTerminal(0) && term.IsTerminal(2)}
 	return a.Run(ctx, args)
 }
 
@@ -101,7 +103,7 @@ gives its key and its rule to a Trustee KBS, and can be that KBS itself.`,
 	root.CompletionOptions.HiddenDefaultCmd = true
 	root.PersistentFlags().StringVar(&a.settingsFile, "settings", "", "settings of this build host (default $COFFER_SETTINGS, ~/.config/coffer/hostbuild.yaml, /etc/coffer/hostbuild.yaml)")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return fmt.Errorf("%w: %w", errUsage, err) })
-	root.AddCommand(a.cvm(), a.verify(), a.cache(), a.base(), a.kbs(), a.policy(), a.drive(), a.measure(), a.report(), a.rim(), a.gpu(), a.doctor())
+	root.AddCommand(a.init(), a.doctor(), a.cvm(), a.verify(), a.cache(), a.base(), a.kbs(), a.policy(), a.drive(), a.measure(), a.report(), a.rim(), a.gpu())
 	return root
 }
 
