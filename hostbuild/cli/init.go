@@ -123,8 +123,12 @@ func (a *App) ask(b *beginning, file, conf string) error {
 		{&b.CA, file, "--kbs-ca", "PEM file of the authority of its certificate"},
 		{&b.AdminKey, file, "--admin-key", "PEM file of its admin key"},
 		{&b.PolicyDir, file, "--policy-dir", "folder of the policy's master copy"},
+		{&b.BaseDir, file, "--base-dir", "folder of a guest base (make base, or hostbuild base build)"},
 		{&b.Archive, conf, "--archive", "docker archive of the workload"},
 	} {
+		if q.into == &b.BaseDir && settings.InstalledBase() != "" {
+			continue
+		}
 		if _, err := os.Lstat(q.file); err == nil || *q.into != "" {
 			continue
 		}
