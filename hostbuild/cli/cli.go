@@ -29,12 +29,22 @@ type App struct {
 	Terminal       bool // Stderr is a terminal: progress may be shown
 	Asks           bool // Stdin is one too: questions may be asked
 
+	Size func() (width, height int) // of the terminal that Stdout is; nil: it is none
+
 	settingsFile string
 }
 
 // Main runs the program on this process's outputs and returns the exit code.
 func Main(ctx context.Context, version string, args []string) int {
 	a := &App{Version: version, Stdin: os.Stdin, Stdout: os.Stdout, Stderr: os.Stderr, Terminal: term.IsTerminal(2), Asks: term.IsTerminal(0) && term.IsTerminal(2)}
+	if term.IsTerminal(1) {
+		a.Size = func() (int, int) {
+			if w, h, err := term.GetSize(1); err == nil && w > 0 && h > 0 {
+				return w, h
+			}
+			return 80, 24
+		}
+	}
 	return a.Run(ctx, args)
 }
 
@@ -103,7 +113,7 @@ gives its key and its rule to a Trustee KBS, and can be that KBS itself.`,
 	root.CompletionOptions.HiddenDefaultCmd = true
 	root.PersistentFlags().StringVar(&a.settingsFile, "settings", "", "settings of this build host (default $COFFER_SETTINGS, ~/.config/coffer/hostbuild.yaml, /etc/coffer/hostbuild.yaml)")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return fmt.Errorf("%w: %w", errUsage, err) })
-	root.AddCommand(a.init(), a.doctor(), a.cvm(), a.verify(), a.cache(), a.base(), a.kbs(), a.policy(), a.drive(), a.measure(), a.report(), a.rim(), a.gpu())
+	root.AddCommand(a.init(), a.doctor(), a.cvm(), a.watch(), a.verify(), a.cache(), a.base(), a.kbs(), a.policy(), a.drive(), a.measure(), a.report(), a.rim(), a.gpu())
 	return root
 }
 
