@@ -80,6 +80,28 @@ func Parse(file string, data []byte) (*Config, error) {
 	return build(doc, m)
 }
 
+// everything holds what further keys are asked for beside, in, or in each of.
+const everything = `
+user_config: {any: /}
+user_config_integrity: {required: [any]}
+hosts_entries: {any: ""}
+host_entries: {any: ""}
+network: {address: "", gateway: any}
+workload: {env: {any: ""}}
+peers: {min_tcb: {Turin: {fmc: 0}}}
+cc_issuers: [{id: any}]
+`
+
+// Keys lists all keys of a CONFIG.yaml.
+func Keys() []*yamlcheck.Key {
+	doc, m, err := yamlcheck.Parse("", []byte(everything))
+	if err != nil {
+		panic(err) // of a constant
+	}
+	_, _ = build(doc, m) // what is wrong with the values does not matter
+	return doc.Asked()
+}
+
 func build(doc *yamlcheck.Doc, m *yamlcheck.Map) (*Config, error) {
 	c := &Config{UserConfig: map[string]string{}}
 
