@@ -48,7 +48,7 @@ const (
 func noPlugin(name string) string { return "404 - PluginNotFound: Plugin " + name + " not found" }
 
 // TestRoutes is every route with each method, status and error body that Trustee
-// has, in both dialects. What of it is ours alone stands in the last block.
+// has, in both dialects. A row that is not as Trustee answers says so.
 func TestRoutes(t *testing.T) {
 	const (
 		get    = "GET /kbs/v0/resource/keys/root/one"
