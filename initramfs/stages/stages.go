@@ -38,9 +38,10 @@ type Deps struct {
 	WriteFile  func(path string, data []byte, perm fs.FileMode) error // makes the folder
 	Now        func() time.Time
 	SetClock   func(time.Time) error
-	LoadModule func(path string) error
+	LoadModule func(path, params string) error
 	MountTSM   func() error // needs the module configfs
 	Sysctl     func(name, value string) error
+	Lockdown   func() error // lockdown=integrity, where the command line has none
 	Evidence   func(platform, tee string) (evidence.Source, error)
 	Firewall   func(firewall.Rules) error
 	Network    func(context.Context, *guestconfig.Static) (*netup.Network, error)
@@ -88,6 +89,7 @@ func (g *guest) phases() []boot.Phase {
 		{Name: "key", Deadline: 120 * s, Code: boot.CodeKBSProtocol, Run: g.fetchKey},
 		{Name: "luks", Deadline: 60 * s, Code: boot.CodeLUKSHeader, Run: g.luks},
 		{Name: "verity", Deadline: 30 * s, Code: boot.CodeVerity, Run: g.verity},
+		{Name: "driver", Deadline: 60 * s, Code: boot.CodeGPU, Run: g.driver},
 		{Name: lastPhase, Deadline: 30 * s, Code: boot.CodeRoot, Run: g.root},
 	}
 }

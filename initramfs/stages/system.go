@@ -36,6 +36,7 @@ func System() Deps {
 		LoadModule: loadModule,
 		MountTSM:   mountTSM,
 		Sysctl:     sysctl,
+		Lockdown:   lockdown,
 		Evidence:   evidence.Open,
 		Firewall:   firewall.Apply,
 		Network:    netup.Configure,
@@ -96,7 +97,14 @@ func mountRoot(dev string) error {
 	if err := mountAt(dev, "erofs", newRoot, flags, ""); err != nil {
 		return err
 	}
-	return mountAt(newRoot+guestconfig.ProgramsPath, "erofs", newRoot+"/bin", flags, "")
+	if err := mountAt(newRoot+guestconfig.ProgramsPath, "erofs", newRoot+"/bin", flags, ""); err != nil {
+		return err
+	}
+	err := unix.Mount(newRoot+guestconfig.NVIDIAPath, newRoot+"/usr", "erofs", flags, "")
+	if err != nil && !errors.Is(err, unix.ENOENT) {
+		return fmt.Errorf("mount the driver at /usr: %w", err)
+	}
+	return nil
 }
 
 func readFile(path string, limit int64) ([]byte, error) {
@@ -130,13 +138,13 @@ func setClock(t time.Time) error {
 	return unix.ClockSettime(unix.CLOCK_REALTIME, &ts)
 }
 
-func loadModule(path string) error {
+func loadModule(path, params string) error {
 	f, err := os.Open(path)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	if err := unix.FinitModule(int(f.Fd()), "", 0); err != nil && !errors.Is(err, unix.EEXIST) {
+	if err := unix.FinitModule(int(f.Fd()), params, 0); err != nil && !errors.Is(err, unix.EEXIST) {
 		return err
 	}
 	return nil
@@ -149,6 +157,20 @@ func sysctl(name, value string) error {
 	}
 	_, err = f.WriteString(value)
 	return errors.Join(err, f.Close())
+}
+
+// lockdown keeps even root from the kernel's memory and from unsigned code.
+func lockdown() error {
+	const at = "/sys/kernel/security"
+	if err := unix.Mount("securityfs", at, "securityfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil {
+		return fmt.Errorf("mount securityfs: %w", err)
+	}
+	f, err := os.OpenFile(at+"/lockdown", os.O_WRONLY, 0)
+	if err == nil {
+		_, err = f.WriteString("integrity")
+		err = errors.Join(err, f.Close())
+	}
+	return errors.Join(err, unix.Unmount(at, 0))
 }
 
 func lookup(ctx context.Context, host string) ([]netip.Addr, error) {
