@@ -15,6 +15,7 @@ import (
 	"time"
 
 	"coffer/agent/gpus"
+	"coffer/agent/vault"
 	"coffer/internal/gpu"
 	"coffer/internal/gpu/certs"
 	"coffer/internal/gpu/helper"
@@ -99,16 +100,28 @@ func gpuRoot(text string, builtIn func() *x509.Certificate) (*x509.Certificate, 
 	return list[0], nil
 }
 
-// gpuTime is what a round's GPUs may add to its time.
-func (a *agent) gpuTime() time.Duration {
-	if a.cfg.GPU == nil {
-		return 0
-	}
-	n := a.cfg.GPU.Count
+// gpuTime is what the GPUs may add to a round's time: n of them, 0 for as many as
+// there can be.
+func gpuTime(n int) time.Duration {
 	if n == 0 {
 		n = gpu.MaxDevices
 	}
 	return helper.DefaultTimeout(helper.OpCollect, n)
+}
+
+// openVault opens /vault with the key that the KBS gives to evidence with verified
+// GPUs. There is nothing in its place before.
+func (a *agent) openVault(text []byte) error {
+	key, err := vault.Key(text)
+	if err != nil {
+		return err
+	}
+	defer clear(key)
+	if err := a.OpenVault(a.vault(), key); err != nil {
+		return err
+	}
+	a.log.Printf("gpu: /vault is open")
+	return nil
 }
 
 // AdditionalEvidence is that of the GPUs, where the guest has any.

@@ -19,6 +19,7 @@ import (
 	"coffer/agent/drives"
 	"coffer/agent/nfs"
 	"coffer/agent/reaper"
+	"coffer/agent/vault"
 	"coffer/internal/boot"
 	"coffer/internal/evidence"
 	"coffer/internal/firewall"
@@ -51,6 +52,7 @@ func System(flush func()) Deps {
 		Share:      nfs.Share,
 		NFS:        nfs.Kernel{},
 		Overlay:    drives.Overlay,
+		OpenVault:  vault.Open,
 		Evidence:   evidence.Open,
 		KBS:        newKBS,
 		StartChild: r.Start,

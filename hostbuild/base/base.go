@@ -6,6 +6,7 @@
 //	OVMF.amdsev.fd      firmware
 //	bin/                programs of the verity root: agent, snpguest, containerd, ...
 //	programs.erofs      the same, packed: what the guest mounts at /bin
+//	root/               more files of the verity root, of a base for GPUs
 //	ca-certificates.crt for the workload
 //	base.json           manifest: what is here and what it was made from
 //	base.lock           the packages that went in, for Params.Locked
@@ -48,6 +49,7 @@ const (
 	firmwareFile = "OVMF.amdsev.fd"
 	caFile       = "ca-certificates.crt"
 	programDir   = "bin"
+	rootDir      = "root"
 	programsFile = "programs.erofs"
 	manifestFile = "base.json"
 	lockFile     = "base.lock"
@@ -103,11 +105,21 @@ type Base struct {
 	CACerts  string            // path of the CA certificates, PEM
 	Programs map[string]string // path in the guest, "/bin/agent", to path here
 	Packed   string            // path of the EROFS that holds the programs and becomes the guest's /bin
+	Root     map[string]string // further files of the verity root, as Programs
+	GPU      *GPU              // nil: guests have no GPUs
 
 	KernelVersion string // as uname -r prints it
 	Packages      []Package
 	Modules       []Module
 	SHA256        map[string]string // path relative to Dir to hex digest
+}
+
+// GPU says which GPUs a base's guests can have.
+type GPU struct {
+	Driver string `json:"driver"` // version of kernel modules and libraries
+	// Roots of made-up GPUs, PEM; of a simulated base alone.
+	DeviceRoot string `json:"device_root,omitempty"`
+	RIMRoot    string `json:"rim_root,omitempty"`
 }
 
 // manifest is base.json.
@@ -120,6 +132,7 @@ type manifest struct {
 	CPIOSHA256    string    `json:"initrd_cpio_sha256"` // the initrd before compression
 	Packages      []Package `json:"packages"`
 	Modules       []Module  `json:"modules"`
+	GPU           *GPU      `json:"gpu,omitempty"`
 	Files         []file    `json:"files"`
 }
 
@@ -148,6 +161,9 @@ func Open(dir string) (*Base, error) {
 	if m.Platform != PlatformSNP && m.Platform != PlatformSimulated {
 		return nil, fmt.Errorf("%s: %w: platform %q is not snp or simulated", dir, ErrNotBase, m.Platform)
 	}
+	if m.Platform != PlatformSimulated && m.GPU != nil && m.GPU.DeviceRoot+m.GPU.RIMRoot != "" {
+		return nil, fmt.Errorf("%s: %w: it is for platform %s and trusts simulated GPUs", dir, ErrNotBase, m.Platform)
+	}
 	b := &Base{
 		Dir: dir, ID: digest(data), Platform: m.Platform, Image: m.Image,
 		Kernel:        filepath.Join(dir, kernelFile),
@@ -156,6 +172,8 @@ func Open(dir string) (*Base, error) {
 		CACerts:       filepath.Join(dir, caFile),
 		Packed:        filepath.Join(dir, programsFile),
 		Programs:      map[string]string{},
+		Root:          map[string]string{},
+		GPU:           m.GPU,
 		KernelVersion: m.KernelVersion, Packages: m.Packages, Modules: m.Modules,
 		SHA256: map[string]string{},
 	}
@@ -173,6 +191,9 @@ func Open(dir string) (*Base, error) {
 		b.SHA256[f.Path] = got
 		if name, ok := strings.CutPrefix(f.Path, programDir+"/"); ok {
 			b.Programs["/"+programDir+"/"+name] = filepath.Join(dir, f.Path)
+		}
+		if name, ok := strings.CutPrefix(f.Path, rootDir+"/"); ok {
+			b.Root["/"+name] = filepath.Join(dir, f.Path)
 		}
 	}
 	names := []string{kernelFile, initrdFile, firmwareFile, caFile, programsFile}

@@ -32,6 +32,9 @@ them with the guest's programs. A base is made once and used for many bundles.`,
 			for _, name := range []string{"containerd", "containerd-shim-runc-v2", "runc"} {
 				p.Programs[name] = filepath.Join(programs, name)
 			}
+			if p.SimulatedGPU != "" {
+				p.Programs["gpu-helper"] = filepath.Join(programs, "gpu-helper")
+			}
 			if p.Cache == "" {
 				dir, err := os.UserCacheDir()
 				if err != nil {
@@ -57,6 +60,7 @@ them with the guest's programs. A base is made once and used for many bundles.`,
 	f.StringVar(&p.Platform, "platform", base.PlatformSNP, "snp, or simulated for tests")
 	f.StringVar(&programs, "programs", "bin", "folder of the built guest programs")
 	f.StringVar(&p.OVMF, "ovmf", "", "a firmware file in place of Debian's ovmf-amdsev (which is fallen back on where it is installed and no archive has it)")
+	f.StringVar(&p.SimulatedGPU, "simulated-gpu", "", "folder of a fake NVIDIA library and its roots, for tests; with --platform simulated alone")
 	f.StringVar(&p.Cache, "cache", "", "folder that keeps downloaded packages (default: the user's cache folder)")
 	f.StringVar(&p.Mirror.Main, "mirror", "", "address of a Debian archive (default: the one of this machine's apt sources)")
 	f.StringVar(&p.Mirror.Security, "security-mirror", "", "address of the Debian security archive")
