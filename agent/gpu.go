@@ -109,6 +109,21 @@ func gpuTime(n int) time.Duration {
 	return helper.DefaultTimeout(helper.OpCollect, n)
 }
 
+// gpuDevices makes the GPUs ready to be asked.
+func (a *agent) gpuDevices(ctx context.Context) error {
+	if a.verifier.gpus != nil {
+		a.verifier.gpus.Prepare(ctx)
+	}
+	return nil
+}
+
+// disableGPUs is the failure action of that name.
+func (a *agent) disableGPUs(ctx context.Context, why error) {
+	if a.verifier.gpus != nil {
+		a.verifier.gpus.Disable(ctx, why)
+	}
+}
+
 // openVault opens /vault with the key that the KBS gives to evidence with verified
 // GPUs. There is nothing in its place before.
 func (a *agent) openVault(text []byte) error {

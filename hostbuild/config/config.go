@@ -115,6 +115,9 @@ func build(doc *yamlcheck.Doc, m *yamlcheck.Map) (*Config, error) {
 	c.Network = network(m)
 	c.Attestation = attestation(m)
 	c.GPU = gpu(m, c.Network)
+	if c.Attestation.FailureAction == guestconfig.ActionGPUDisable && c.GPU == nil {
+		m.Faultf("cc_attestation", "failure_action gpu_disable needs GPUs: cc_gpu_mechanism, or the section gpu")
+	}
 	workload(c, m.Map("workload"))
 	c.Peers = peers(m.Map("peers"))
 	c.API.KDS = m.String("kds_url", "")
@@ -296,7 +299,7 @@ func attestation(m *yamlcheck.Map) guestconfig.Attestation {
 	return guestconfig.Attestation{
 		CheckFrequency:    int(freq),
 		MaxStaleness:      int(stale),
-		FailureAction:     a.OneOf("failure_action", guestconfig.ActionStopJob, guestconfig.ActionStopJob, guestconfig.ActionShutdown, guestconfig.ActionLog),
+		FailureAction:     a.OneOf("failure_action", guestconfig.ActionStopJob, guestconfig.ActionStopJob, guestconfig.ActionShutdown, guestconfig.ActionLog, guestconfig.ActionGPUDisable),
 		RestartOnRecovery: a.Bool("restart_on_recovery", false),
 	}
 }

@@ -84,7 +84,7 @@ func TestFaults(t *testing.T) {
 		{"size", "docker_archive: a\nroot_drive_size: 0\n", `root_drive_size: "0" is not a whole number from 1`},
 		{"size text", "docker_archive: a\napplog_drive_size: big\n", `applog_drive_size: "big" is not a whole number`},
 		{"port", "docker_archive: a\nallowed_ports: [80, 70000]\n", `allowed_ports: "70000" is not a port`},
-		{"action", "docker_archive: a\ncc_attestation: {failure_action: explode}\n", `failure_action: "explode" is not stop_job or shutdown or log`},
+		{"action", "docker_archive: a\ncc_attestation: {failure_action: explode}\n", `failure_action: "explode" is not stop_job or shutdown or log or gpu_disable`},
 		{"host", "docker_archive: a\nhost_entries: {a: nowhere}\n", `host_entries.a: "nowhere" is not an address`},
 		{"folder name", "docker_archive: a\nuser_config: {../x: /tmp}\n", "is not a plain folder name"},
 		{"not a mapping", "- a\n", "not a list of keys and values"},

@@ -176,13 +176,88 @@ func (l *gpuLine) bootGPUs(t *testing.T, b *harness.Bundle, n int) (*guest, *gpu
 	return boot(t, b), driver
 }
 
-// TestGPUs: what the bundle carries is all that attestation of GPUs needs, and the
-// guest reaches nothing but the KBS. /vault opens to verified GPUs alone, and stays.
-// Whatever a GPU or its driver does wrong ends the workload and the GPUs' leave.
+// TestGPUs (`make test-gpu`): what the bundle carries is all that attestation of
+// GPUs needs, and the guest reaches nothing but the KBS. /vault opens to verified
+// GPUs alone, and stays. Whatever a GPU or its driver does wrong ends the workload
+// and the GPUs' leave within a round.
 func TestGPUs(t *testing.T) {
 	l := setupGPUs(t)
 	required := l.build(t, "required", "  required: true\n  count: 1\n")
+	any := l.build(t, "any", "  mode: local\n")
 	t.Run("Vault", func(t *testing.T) { l.vault(t, required) })
+	t.Run("VaultWithoutGPUs", func(t *testing.T) { l.refusedVault(t, required) })
+	old := l.all[0].NewReport([32]byte{9}).Sign(l.all[0].Chain[0].Key)
+	for _, c := range []struct {
+		name   string
+		gpus   int
+		reason string
+		wrong  func(*gpusim.Driver)
+	}{
+		{"OneOfEightTurnsBad", 8, `GPU 5: .*vbios 3 \[measurement-mismatch\]`, func(d *gpusim.Driver) { d.Bad[5] = 3 }},
+		{"NinthGPU", 8, `\[device-changed\]`, func(d *gpusim.Driver) { d.Devices = l.all[:9] }},
+		{"OneOfTwoIsReplaced", 2, `\[device-changed\]`, func(d *gpusim.Driver) { d.Devices = l.all[1:3] }},
+		{"Lost", 2, `is lost|error of the fake NVML \(15\) \[nvml\]`, func(d *gpusim.Driver) { d.Returns['R'] = 15 }},
+		{"WrongNonce", 1, `\[report-nonce\]`, func(d *gpusim.Driver) { d.Nonce = &[32]byte{2} }},
+		{"Replayed", 1, `\[report-nonce\]`, func(d *gpusim.Driver) { d.Replay = old }},
+		{"Crash", 1, `\[helper-crash\]`, func(d *gpusim.Driver) { d.Returns['R'] = gpusim.Crash }},
+		{"Hang", 1, `\[helper-timeout\]`, func(d *gpusim.Driver) { d.Returns['R'] = gpusim.Hang }},
+		{"DevTools", 1, `\[settings-devtools\]`, func(d *gpusim.Driver) { d.Settings.DevTools = 1 }},
+	} {
+		t.Run(c.name, func(t *testing.T) { l.turnsBad(t, any, c.gpus, c.reason, c.wrong) })
+	}
+}
+
+// turnsBad boots with good GPUs, has them do something wrong between two rounds, and
+// expects the next to be negative.
+func (l *gpuLine) turnsBad(t *testing.T, b *harness.Bundle, n int, reason string, wrong func(*gpusim.Driver)) {
+	g, driver := l.bootGPUs(t, b, n)
+	g.expect(fmt.Sprintf(`gpu: %d attested`, n))
+	g.expect(`gpu: ready`)
+	g.expect(`workload: starts so far`)
+	g.expect(`attestation round=\d+ verdict=pass`)
+	driver.Edit(func(d *gpusim.Driver) { wrong(d) })
+	changed := len(g.Console.All())
+	g.expect(`gpu: ready taken back`)
+	g.expect(`attestation round=\d+ verdict=negative.*` + reason + `.*code=E_GPU`)
+	g.expect(`workload exited code=137 signal=9`)
+	g.off()
+	passes := 0 // a round that was under way may still pass
+	for _, line := range g.Console.All()[changed:] {
+		if strings.Contains(line, "verdict=pass") {
+			passes++
+		}
+	}
+	if passes > 1 {
+		t.Errorf("%d rounds passed after the change", passes)
+	}
+	driver.Edit(func(d *gpusim.Driver) {
+		if d.Ready != 0 || !d.Failed {
+			t.Errorf("ready is %d, taken back: %t", d.Ready, d.Failed)
+		}
+	})
+}
+
+// refusedVault has the GPUs of another maker: the KBS judges for itself, and gives
+// the root's key and nothing else.
+func (l *gpuLine) refusedVault(t *testing.T, b *harness.Bundle) {
+	g, driver := l.bootGPUs(t, b, 1)
+	driver.Edit(func(d *gpusim.Driver) { d.Devices = []*gpusim.Device{gpusim.NewWorld().NewDevice(gpu.Hopper)} })
+	seen := len(l.kbs.Log.All())
+	g.refused("attest", "E_ATTESTATION", "chain-root")
+	var released []string
+	for _, line := range l.kbs.Log.All()[seen:] {
+		if strings.Contains(line, "verdict=released") {
+			released = append(released, line)
+		}
+	}
+	if len(released) != 1 || !strings.Contains(released[0], "keys/root/"+b.ID) {
+		t.Errorf("released: %q", released)
+	}
+	driver.Edit(func(d *gpusim.Driver) {
+		if d.Ready != 0 {
+			t.Error("the GPUs may work")
+		}
+	})
 }
 
 func (l *gpuLine) vault(t *testing.T, b *harness.Bundle) {
