@@ -18,7 +18,9 @@ import (
 
 	"coffer/agent/drives"
 	"coffer/agent/nfs"
+	"coffer/agent/nvidia"
 	"coffer/agent/reaper"
+	"coffer/agent/vault"
 	"coffer/internal/boot"
 	"coffer/internal/evidence"
 	"coffer/internal/firewall"
@@ -51,10 +53,12 @@ func System(flush func()) Deps {
 		Share:      nfs.Share,
 		NFS:        nfs.Kernel{},
 		Overlay:    drives.Overlay,
+		OpenVault:  vault.Open,
 		Evidence:   evidence.Open,
 		KBS:        newKBS,
 		StartChild: r.Start,
 		GPUs:       newGPUs,
+		NVIDIA:     nvidia.System(),
 		Now:        SinceKernelStart,
 		Stop:       stopRequests(),
 		PowerOff: func() {

@@ -74,6 +74,9 @@ func System() Driver {
 
 // loaded reports whether the kernel has the driver.
 func (d Driver) loaded() bool {
+	if d.Proc == "" {
+		return false
+	}
 	_, err := os.Stat(filepath.Join(d.Proc, "driver/nvidia"))
 	return err == nil
 }

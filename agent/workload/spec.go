@@ -84,6 +84,9 @@ func guardOpts(cfg *Config) []oci.SpecOpts {
 		limit := cfg.MemoryMiB << 20
 		opts = append(opts, oci.WithMemoryLimit(uint64(limit)), oci.WithMemorySwap(limit))
 	}
+	if cfg.Devices != nil {
+		opts = append(opts, cfg.Devices)
+	}
 	return append(opts, seccomp.WithDefaultProfile())
 }
 
