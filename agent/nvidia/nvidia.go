@@ -49,7 +49,6 @@ const (
 	major        = 195 // of nvidiactl and the GPUs
 	controlMinor = 255
 	maxMinor     = 254
-	maxFile      = 64 << 10 // bytes of a file of /proc
 
 	// mode is what the driver's libraries expect; who may use a node, the
 	// container's device rules say.
@@ -195,13 +194,13 @@ func (d Driver) nodes(gpus []gpu) ([]node, error) {
 
 // major is the number that the kernel gave a driver of character devices.
 func (d Driver) major(name string) (int64, error) {
-	text, err := readSmall(filepath.Join(d.Proc, "devices"))
+	text, err := os.ReadFile(filepath.Join(d.Proc, "devices"))
 	if err != nil {
 		return 0, err
 	}
 	for line := range strings.Lines(string(text)) {
 		f := strings.Fields(line)
-		if len(f) == 1 && f[0] == "Block" || strings.HasPrefix(line, "Block devices") {
+		if strings.HasPrefix(line, "Block devices") {
 			break
 		}
 		if len(f) == 2 && f[1] == name {
@@ -227,7 +226,7 @@ func (d Driver) gpus() ([]gpu, error) {
 	}
 	var out []gpu
 	for _, e := range entries {
-		text, err := readSmall(filepath.Join(dir, e.Name(), "information"))
+		text, err := os.ReadFile(filepath.Join(dir, e.Name(), "information"))
 		if err != nil {
 			return nil, err
 		}
@@ -263,23 +262,6 @@ func parseInformation(text []byte) (gpu, error) {
 		return gpu{}, errors.New("the driver names no device minor")
 	}
 	return g, nil
-}
-
-func readSmall(path string) ([]byte, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	b := make([]byte, maxFile)
-	n := 0
-	for n < len(b) {
-		m, err := f.Read(b[n:])
-		if n += m; err != nil || m == 0 {
-			break
-		}
-	}
-	return b[:n], nil
 }
 
 // lookup finds a variable; the last one counts.
