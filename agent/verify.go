@@ -23,6 +23,9 @@ type verifier struct {
 	canary string
 	gpus   *gpus.Guard // nil: there are none
 	token  string      // of the last round that passed; the loop's alone
+
+	vaultKey string                 // resource that release is to get once; "": there is none
+	release  func(key []byte) error // the key's text
 }
 
 // round is one attestation. A KBS's /attest accepts evidence that its policy
@@ -37,10 +40,29 @@ func (v *verifier) round(ctx context.Context) error {
 	if errors.Is(err, kbsclient.ErrAttestationRefused) || errors.Is(err, kbsclient.ErrTokenNotFound) || errors.Is(err, kbsclient.ErrTokenInvalid) {
 		err = v.fetchCanary(ctx)
 	}
+	if err == nil && v.vaultKey != "" {
+		err = v.fetchVaultKey(ctx)
+	}
 	if err == nil && v.gpus != nil {
 		err = v.gpus.Accept(ctx)
 	}
 	return err
+}
+
+// errVault is a key of /vault that does not open it.
+var errVault = errors.New("/vault cannot be opened")
+
+func (v *verifier) fetchVaultKey(ctx context.Context) error {
+	key, _, err := v.kbs.Fetch(ctx, attester{v.source, v.gpus}, v.vaultKey)
+	defer clear(key)
+	if err != nil {
+		return fmt.Errorf("key of /vault: %w", err)
+	}
+	if err := v.release(key); err != nil {
+		return fmt.Errorf("%w: %w", errVault, err)
+	}
+	v.vaultKey = ""
+	return nil
 }
 
 func (v *verifier) fetchCanary(ctx context.Context) error {
@@ -110,6 +132,7 @@ var verdicts = []struct {
 	{kbsclient.ErrUnreachable, attest.Unknown, boot.CodeKBSUnreachable},
 	{context.DeadlineExceeded, attest.Unknown, boot.CodeTimeout}, // the platform's, too
 	{errPlatform, attest.Negative, boot.CodeEvidence},
+	{errVault, attest.Negative, boot.CodeVault},
 	{kbsclient.ErrNoResource, attest.Unknown, boot.CodeKBSNoKey}, // or the KBS's storage is down: it does not tell
 }
 

@@ -129,7 +129,8 @@ func params(t *testing.T) Params {
 		"usr/lib/modules/" + testKernel + "/modules.builtin":     "kernel/fs/ext4/ext4.ko\n",
 		"usr/lib/modules/" + testKernel + "/kernel/fs/unused.ko": ko("depends=\x00"),
 	}
-	for _, name := range slices.Concat(image.ModuleNames(PlatformSNP, ""), image.ModuleNames(PlatformSNP, "nfs")) {
+	// What either platform wants; the kernel may have more.
+	for _, name := range slices.Concat(image.ModuleNames(PlatformSNP, ""), image.ModuleNames(PlatformSimulated, ""), image.ModuleNames(PlatformSNP, "nfs")) {
 		name = strings.TrimPrefix(name, modules.OptionalMark)
 		kernel["usr/lib/modules/"+testKernel+"/kernel/"+name+".ko"] = ko("name=" + name + "\x00depends=\x00")
 	}
@@ -358,6 +359,47 @@ func TestSimulatedProgramsStayOutOfProduction(t *testing.T) {
 		if err := os.RemoveAll(p.Out); err != nil {
 			t.Fatal(err)
 		}
+	}
+}
+
+// Made-up GPUs, their library and their roots are for simulated bases alone.
+func TestSimulatedGPUs(t *testing.T) {
+	from := t.TempDir()
+	library := filepath.Join(from, "root/usr/lib/libnvidia-ml.so.1")
+	if err := os.MkdirAll(filepath.Dir(library), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for name, text := range map[string]string{library: "a library", from + "/device-root.pem": "devices", from + "/rim-root.pem": "RIMs"} {
+		if err := os.WriteFile(name, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	p := params(t)
+	p.SimulatedGPU = from
+	if _, err := Build(t.Context(), p); err == nil || !strings.Contains(err.Error(), "made-up GPUs are for platform simulated alone") {
+		t.Errorf("for snp: %v", err)
+	}
+	p.Platform = PlatformSimulated
+	b := build1(t, p)
+	if b.GPU == nil || b.GPU.DeviceRoot != "devices" || b.GPU.RIMRoot != "RIMs" || b.Root["/usr/lib/libnvidia-ml.so.1"] != filepath.Join(p.Out, "root/usr/lib/libnvidia-ml.so.1") {
+		t.Errorf("GPUs %+v, files %v", b.GPU, b.Root)
+	}
+	// A manifest that says so for hardware is no base.
+	file := filepath.Join(p.Out, manifestFile)
+	data, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	data = []byte(strings.Replace(string(data), `"platform": "simulated"`, `"platform": "snp"`, 1))
+	if err := os.WriteFile(file, data, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Open(p.Out); !errors.Is(err, ErrNotBase) || !strings.Contains(err.Error(), "trusts simulated GPUs") {
+		t.Errorf("for snp, by hand: %v", err)
+	}
+	p.SimulatedGPU = t.TempDir()
+	if _, err := Build(t.Context(), p); err == nil {
+		t.Error("a folder without roots was taken")
 	}
 }
 
@@ -633,6 +675,7 @@ func TestBuildFromDebian(t *testing.T) {
 		here[m.Name] = true
 	}
 	image, _ := images.Load("cpu")
+	// What either platform wants; the kernel may have more.
 	for _, name := range slices.Concat(image.ModuleNames(PlatformSNP, ""), image.ModuleNames(PlatformSNP, "nfs")) {
 		if name = strings.TrimPrefix(name, modules.OptionalMark); !here[name] {
 			t.Errorf("%s is not in the initrd", name)

@@ -127,6 +127,10 @@ type KBS struct {
 	URL        string `json:"url"`
 	KeyPath    string `json:"key_path"`
 	CanaryPath string `json:"canary_path"`
+
+	// What is for evidence with verified GPUs alone, the canary besides.
+	VaultKeyPath string   `json:"vault_key_path,omitempty"` // of /vault's key
+	GPUResources []string `json:"gpu_resources,omitempty"`
 }
 
 // Cmdline returns the kernel command line of a CVM. It is measured, and carries

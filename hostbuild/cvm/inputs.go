@@ -21,6 +21,7 @@ const kitName = "nvflare"
 type inputs struct {
 	pinned guestconfig.UserConfig
 	kit    *nvflare.Kit // nil without one
+	gpu    gpuInputs
 }
 
 // checkInputs finds what is wrong with the files that config and settings name,
@@ -47,6 +48,9 @@ func checkInputs(c *config.Config, s *settings.Settings) (in inputs, err error) 
 				errs = append(errs, fmt.Errorf("%s: %w", key, err))
 			}
 		}
+	}
+	if in.gpu, err = checkGPU(c); err != nil {
+		errs = append(errs, err)
 	}
 	if err := errors.Join(errs...); err != nil {
 		return in, err

@@ -65,6 +65,9 @@ const (
 	ActionStopJob  = "stop_job"
 	ActionShutdown = "shutdown"
 	ActionLog      = "log"
+	// ActionGPUDisable takes the GPUs' leave to work back, until the guest restarts;
+	// the workload goes on.
+	ActionGPUDisable = "gpu_disable"
 )
 
 // How much of user_config the guest vouches for. The host can write to that drive.
@@ -465,7 +468,8 @@ func (c *Config) Validate() error {
 	a := &c.Attestation
 	check(a.CheckFrequency >= 1 && a.CheckFrequency <= 86400, "attestation.check_frequency %d is not 1..86400 seconds", a.CheckFrequency)
 	check(a.MaxStaleness >= a.CheckFrequency && a.MaxStaleness <= 7*86400, "attestation.max_staleness %d is not check_frequency..604800 seconds", a.MaxStaleness)
-	check(slices.Contains([]string{ActionStopJob, ActionShutdown, ActionLog}, a.FailureAction), "attestation.failure_action %q is not stop_job, shutdown or log", a.FailureAction)
+	check(slices.Contains([]string{ActionStopJob, ActionShutdown, ActionLog, ActionGPUDisable}, a.FailureAction), "attestation.failure_action %q is not stop_job, shutdown, log or gpu_disable", a.FailureAction)
+	check(a.FailureAction != ActionGPUDisable || c.GPU != nil, "attestation.failure_action gpu_disable without gpu")
 
 	w := &c.Workload
 	check(w.ImageName != "" && len(w.ImageName) < 512, "workload.image_name is missing or too long")
