@@ -172,6 +172,6 @@ func (a *agent) report(r attest.Result) {
 	})
 	if err == nil {
 		a.logs.attestation.Write(append(b, '\n'))
-		a.services.api.SetRound(b, r.Verdict == attest.Pass, a.verifier.token)
+		a.services.api.SetRound(b, r.Verdict.String(), a.verifier.token)
 	}
 }
