@@ -230,12 +230,12 @@ func (b *bench) sizes(context.Context) error {
 	return nil
 }
 
-// Rounds whose records are compared: a round a second for manyRounds, and a round
-// a minute, of which the first minute still has the boot's work in it.
+// Rounds that a guest stays for once its workload runs: as many as of an hour and
+// more, a second apart; and a minute apart, for what it takes when nothing happens.
 const (
-	firstRound = 3
+	fewRounds  = 3
 	manyRounds = 60
-	idleRounds = 3
+	idleRounds = 2
 )
 
 // boot compares the workload's first line with an init that does nothing, both in
@@ -262,7 +262,7 @@ func (b *bench) boot(ctx context.Context) error {
 		floors = append(floors, t)
 		b.idleRSS = rss
 
-		rounds := firstRound
+		rounds := fewRounds
 		if i == b.runs-1 {
 			rounds = manyRounds
 		}
@@ -276,8 +276,9 @@ func (b *bench) boot(ctx context.Context) error {
 	return b.memory(ctx)
 }
 
-// guest boots a bundle, leaves it running for so many rounds and stops it in order,
-// so that its drives are whole. It returns when the workload's first line came.
+// guest boots a bundle, leaves its workload running for so many rounds and stops it
+// in order, so that its drives are whole. It returns when the workload's first line
+// came.
 func (b *bench) guest(ctx context.Context, bundle *harness.Bundle, rounds int) (first float64, err error) {
 	ctx, cancel := context.WithTimeout(ctx, 15*time.Minute)
 	defer cancel()
@@ -290,8 +291,10 @@ func (b *bench) guest(ctx context.Context, bundle *harness.Bundle, rounds int) (
 	if err != nil {
 		return 0, err
 	}
-	if _, err := vm.Expect(ctx, fmt.Sprintf(`attestation round=%d verdict=pass`, rounds)); err != nil {
-		return 0, err
+	for range rounds {
+		if _, err := vm.Expect(ctx, `attestation round=\d+ verdict=pass`); err != nil {
+			return 0, err
+		}
 	}
 	vm.Stop()
 	if err := vm.Wait(ctx); err != nil {
@@ -307,19 +310,19 @@ type round struct {
 	CPU  map[string]float64 `json:"cpu_ms"`
 }
 
-// rounds reads the records of a guest that is off.
-func (b *bench) rounds(ctx context.Context, bundle *harness.Bundle, at ...int) ([]round, error) {
+// rounds reads the records of a guest that is off: those of its last n rounds.
+func (b *bench) rounds(ctx context.Context, bundle *harness.Bundle, n int) ([]round, error) {
 	out, err := b.env.Run(ctx, "hostbuild", "drive", "cat", bundle.File("applog.qcow2"), "/attestation.jsonl")
 	if err != nil {
 		return nil, err
 	}
 	lines := strings.Split(strings.TrimSpace(out), "\n")
-	rounds := make([]round, len(at))
-	for i, n := range at {
-		if n > len(lines) {
-			return nil, fmt.Errorf("attestation.jsonl holds %d rounds, want %d", len(lines), n)
-		}
-		if err := json.Unmarshal([]byte(lines[n-1]), &rounds[i]); err != nil {
+	if len(lines) < n {
+		return nil, fmt.Errorf("attestation.jsonl holds %d rounds, want %d", len(lines), n)
+	}
+	rounds := make([]round, n)
+	for i, line := range lines[len(lines)-n:] {
+		if err := json.Unmarshal([]byte(line), &rounds[i]); err != nil {
 			return nil, err
 		}
 	}
@@ -333,17 +336,19 @@ func sum(m map[string]float64) (s float64) {
 	return s
 }
 
-// memory compares with the idle init, a static Go program that does nothing, and
-// what it is after many rounds with what it was after the first few.
+// memory compares what the first rounds of the running workload found with the idle
+// init, a static Go program that does nothing, and the last round's with those.
 func (b *bench) memory(ctx context.Context) error {
-	r, err := b.rounds(ctx, b.bundle, firstRound, manyRounds)
+	r, err := b.rounds(ctx, b.bundle, manyRounds)
 	if err != nil {
 		return err
 	}
+	first, last := r[fewRounds].RSS, r[len(r)-1].RSS
 	for _, name := range []string{"agent", "containerd", "shim"} {
-		figure("rss_"+name, r[0].RSS[name]/1024, "MiB", b.idleRSS/1024)
+		figure("rss_"+name, first[name]/1024, "MiB", b.idleRSS/1024)
+		figure(fmt.Sprintf("rss_%s_after_%d_rounds", name, manyRounds), last[name]/1024, "MiB", first[name]/1024)
 	}
-	figure(fmt.Sprintf("rss_all_after_%d_rounds", manyRounds), sum(r[1].RSS)/1024, "MiB", sum(r[0].RSS)/1024)
+	figure(fmt.Sprintf("rss_all_after_%d_rounds", manyRounds), sum(last)/1024, "MiB", sum(first)/1024)
 	return nil
 }
 
@@ -359,7 +364,7 @@ func (b *bench) idle(ctx context.Context) error {
 	if _, err := b.guest(ctx, bundle, idleRounds); err != nil {
 		return err
 	}
-	r, err := b.rounds(ctx, bundle, idleRounds-1, idleRounds)
+	r, err := b.rounds(ctx, bundle, 2)
 	if err != nil {
 		return err
 	}
