@@ -56,6 +56,7 @@ type Manifest struct {
 	Image         Image                   `json:"image"`
 	Disk          guestconfig.Disk        `json:"disk"`
 	KBS           KBS                     `json:"kbs"`
+	KDS           string                  `json:"kds_url,omitempty"` // where the agent fetches chips' certificates
 	Network       guestconfig.Network     `json:"network"`
 	Attestation   guestconfig.Attestation `json:"attestation"`
 	MinTCB        TCB                     `json:"min_tcb"`
