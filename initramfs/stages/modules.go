@@ -89,6 +89,7 @@ func (g *guest) driver(ctx context.Context) error {
 	}
 	if err == nil {
 		if err := g.loadDriver(ctx, string(text)); err != nil {
+			g.tellDriver()
 			return err
 		}
 	}
@@ -120,6 +121,20 @@ func (g *guest) loadDriver(ctx context.Context, text string) error {
 		}
 	}
 	return nil
+}
+
+// tellDriver prints what the driver said last, which nobody could read otherwise.
+func (g *guest) tellDriver() {
+	const mark, most = "NVRM:", 10
+	var said []string
+	for line := range strings.Lines(g.KernelLog()) {
+		if i := strings.Index(line, mark); i >= 0 {
+			said = append(said, strings.TrimSpace(line[i:]))
+		}
+	}
+	for _, line := range said[max(0, len(said)-most):] {
+		g.log.Printf("coffer: kernel: %s", line)
+	}
 }
 
 type module struct {

@@ -42,6 +42,7 @@ type Deps struct {
 	MountTSM   func() error // needs the module configfs
 	Sysctl     func(name, value string) error
 	Lockdown   func() error // lockdown=integrity, where the command line has none
+	KernelLog  func() string
 	Evidence   func(platform, tee string) (evidence.Source, error)
 	Firewall   func(firewall.Rules) error
 	Network    func(context.Context, *guestconfig.Static) (*netup.Network, error)

@@ -135,6 +135,9 @@ func (m *machine) deps() Deps {
 		MountTSM:   func() error { return m.call("MountTSM") },
 		Sysctl:     func(name, value string) error { return m.call("Sysctl " + name + "=" + strings.TrimSpace(value)) },
 		Lockdown:   func() error { return m.call("Lockdown") },
+		KernelLog: func() string {
+			return "<6>[    1.0] NET: up\n<4>[    9.1] NVRM: loading\n" + strings.Repeat("<4>[    9.1] NVRM: again\n", 10) + "<4>[    9.2] NVRM: No NVIDIA GPU found.\n"
+		},
 		Evidence: func(platform, tee string) (evidence.Source, error) {
 			return m.source, m.call("Evidence " + platform + " " + tee)
 		},
@@ -248,7 +251,14 @@ func TestDriver(t *testing.T) {
 		}
 	}
 
-	m := newMachine()
+	m := guest(1)
+	m.fail[nvidia+" NVreg_NvLinkDisable=1"] = syscall.ENODEV
+	m.boot(t.Context())
+	if text := m.console.String(); !strings.Contains(text, "coffer: kernel: NVRM: No NVIDIA GPU found.\n") || strings.Contains(text, "NVRM: loading") || strings.Contains(text, "NET") {
+		t.Errorf("what the driver said last is not on the console alone:\n%s", text)
+	}
+
+	m = newMachine()
 	m.driver = "/lib/modules/6.12/nvidia.ko\n"
 	m.boot(t.Context())
 	if m.did(nvidia) || m.did("Lockdown") || !m.did("SwitchRoot") {
@@ -347,7 +357,10 @@ func TestFailures(t *testing.T) {
 		notDid string // what must not have happened
 	}{
 		{"mounts", func(m *machine) { m.fail["Mount"] = errFake }, "mounts", boot.CodeInternal, "no luck", "ReadFile"},
-		{"no config", func(m *machine) { m.load += "nfs:/lib/modules/6.12/kernel/nfsv4.ko\n"; m.fail["ReadFile "+configPath] = fs.ErrNotExist }, "config", boot.CodeConfig, "not exist", "Network"},
+		{"no config", func(m *machine) {
+			m.load += "nfs:/lib/modules/6.12/kernel/nfsv4.ko\n"
+			m.fail["ReadFile "+configPath] = fs.ErrNotExist
+		}, "config", boot.CodeConfig, "not exist", "Network"},
 		{"invalid config", func(m *machine) { m.cfg.CVMID = "x" }, "config", boot.CodeConfig, "cvm_id", "Network"},
 		{"vm_id of another", func(m *machine) { m.cmdline = "vm_id=cvm_ffffffffffff" }, "config", boot.CodeConfig, "cvm_ffffffffffff", "Network"},
 		{"vm_id missing", func(m *machine) { m.cmdline = "quiet" }, "config", boot.CodeConfig, "vm_id is missing", "Network"},

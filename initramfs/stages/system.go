@@ -37,6 +37,7 @@ func System() Deps {
 		MountTSM:   mountTSM,
 		Sysctl:     sysctl,
 		Lockdown:   lockdown,
+		KernelLog:  kernelLog,
 		Evidence:   evidence.Open,
 		Firewall:   firewall.Apply,
 		Network:    netup.Configure,
@@ -171,6 +172,17 @@ func lockdown() error {
 		err = errors.Join(err, f.Close())
 	}
 	return errors.Join(err, unix.Unmount(at, 0))
+}
+
+// kernelLog is as much of the kernel's log as it keeps, or nothing.
+func kernelLog() string {
+	const readAll = 3 // SYSLOG_ACTION_READ_ALL
+	b := make([]byte, 256<<10)
+	n, err := unix.Klogctl(readAll, b)
+	if err != nil {
+		return ""
+	}
+	return string(b[:n])
 }
 
 func lookup(ctx context.Context, host string) ([]netip.Addr, error) {
