@@ -3,7 +3,7 @@
 # Debian packages that building and the demo need, and what tests need besides;
 # `make deps` installs those that are missing.
 DEPS := gcc libc6-dev pkg-config libseccomp-dev debian-archive-keyring qemu-system-x86 qemu-utils e2fsprogs erofs-utils
-TEST_DEPS := cryptsetup-bin nftables busybox-static mmdebstrap shellcheck skopeo nfs-ganesha nfs-ganesha-mem
+TEST_DEPS := cryptsetup-bin nftables busybox-static mmdebstrap shellcheck skopeo jq nfs-ganesha nfs-ganesha-mem
 FUZZTIME ?= 20s
 
 # sudo and cron often know no PATH to a Go that is not Debian's.
@@ -92,18 +92,17 @@ test-trustee: all base deps
 SOAK ?= 10m
 soak: bin/hostbuild bin/simplatform
 	$(GO) run ./test/soak -for $(SOAK)
-# What others compute of the same inputs: sev-snp-measure of PyPI, in build/oracles.
-test-oracles:
-	@test -x build/oracles/bin/sev-snp-measure || { python3 -m venv build/oracles && build/oracles/bin/pip install -q sev-snp-measure==0.0.13; } || \
-	{ echo "test-oracles: SKIPPED: no python3 with venv and pip, or no package index"; exit 0; }; \
+# What others compute of the same inputs: sev-snp-measure of PyPI, and snpguest, which
+# takes cargo 6 minutes of CPU time; what that answers to us lies in internal/snpguest/testdata, too.
+test-oracles: deps
+	@test -x build/oracles/bin/sev-snp-measure || { python3 -m venv build/oracles && build/oracles/bin/pip install -q sev-snp-measure==0.0.13; }
+	@test -x build/oracles/bin/snpguest || cargo install -q snpguest --version 0.9.2 --locked --root build/oracles || echo "test-oracles: SKIPPED: snpguest: no cargo, or no crate index"
 	PATH=$(CURDIR)/build/oracles/bin:$$PATH COFFER_TEST_OVMF=$(wildcard $(CURDIR)/build/base/snp/OVMF.amdsev.fd) \
-	$(GO) test -count=1 -v -run Oracle ./internal/measure ./internal/snp/idblock
-	@test -x build/oracles/bin/snpguest || cargo install -q snpguest --version 0.9.2 --locked --root build/oracles || \
-	{ echo "test-oracles: SKIPPED: no cargo, or no crate index"; exit 0; }; \
-	COFFER_SNPGUEST_ORACLE=$(CURDIR)/build/oracles/bin/snpguest $(GO) test -count=1 -v ./internal/snpguest
+	COFFER_SNPGUEST_ORACLE=$(CURDIR)/build/oracles/bin/snpguest $(GO) test -count=1 -v -run Oracle ./internal/measure ./internal/snp/idblock
+	@test ! -x build/oracles/bin/snpguest || COFFER_SNPGUEST_ORACLE=$(CURDIR)/build/oracles/bin/snpguest $(GO) test -count=1 ./internal/snpguest
 # The real NVFlare from PyPI calls our cvm_build.
 NVFLARE := 2.9.0 2.7.3
-test-nvflare: DEPS += $(shell python3 -c 'import ensurepip' 2>/dev/null || echo python3-venv)
+test-nvflare test-oracles: DEPS += $(shell python3 -c 'import ensurepip' 2>/dev/null || echo python3-venv)
 test-nvflare: all base deps $(NVFLARE:%=build/nvflare/%/installed)
 	COFFER_NVFLARE_VENV=$(CURDIR)/build/nvflare/$(firstword $(NVFLARE)) $(GO) test -count=1 -v -run NVFlare ./agent/api
 	$(GO) test -count=1 -timeout 20m -v ./test/nvflare
@@ -123,8 +122,9 @@ test-gpu-hw: # on a machine with an NVIDIA GPU; reads only
 	@lib=$$(/sbin/ldconfig -p | sed -n 's|.*libnvidia-ml.so.1 (libc6,x86-64).*=> ||p' | head -n 1); \
 	test -n "$$lib" || { echo "test-gpu-hw: no libnvidia-ml.so.1: no NVIDIA driver is installed"; exit 1; }; \
 	COFFER_GPU_LIBRARY=$$lib $(GO) test -count=1 -v -run '^TestHardware$$' ./internal/gpu/helper
-fuzz:
-	@grep -rlE '^func Fuzz' --include='*_test.go' . | sort | while read -r file; do \
+FUZZ ?= .
+fuzz: # FUZZTIME for each target below the folders FUZZ
+	@grep -rlE '^func Fuzz' --include='*_test.go' $(FUZZ) | sort | while read -r file; do \
 	for target in $$(sed -n 's/^func \(Fuzz[A-Za-z0-9_]*\)(.*/\1/p' $$file); do \
 	echo "fuzz: $$file $$target"; $(GO) test -run '^$$' -fuzz "^$$target$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 20x ./$$(dirname $$file) </dev/null || exit 1; done; done
 lint:
