@@ -310,7 +310,7 @@ func guestConfig(p Params, id, ca string, b *base.Base, root *disk.Root, pinned 
 			Serial: "crypt_root", HeaderSHA256: root.HeaderSHA256, DataOffset: root.DataOffset, PayloadSize: root.PayloadSize,
 			Verity: root.Verity, Scratch: root.Scratch,
 		},
-		Network: c.Network, Attestation: c.Attestation, Workload: w, UserConfig: pinned, Peers: c.Peers, API: c.API,
+		Network: c.Network, Attestation: c.Attestation, Workload: w, UserConfig: pinned, Peers: c.Peers, API: c.API, ACPITables: c.ACPITables,
 	}
 }
 

@@ -31,8 +31,10 @@ func (g *guest) modules(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("%s: %w", loadListPath, err)
 	}
+	loaded := 0
 	for _, m := range list {
-		if m.feature != "" && !(m.feature == guestconfig.FeatureNFS && g.cfg.NFS()) {
+		// Without a config, this is the way to a failed boot's measurement.
+		if m.feature != "" && (g.cfg == nil || m.feature != guestconfig.FeatureNFS || !g.cfg.NFS()) {
 			continue
 		}
 		if ctx.Err() != nil {
@@ -43,7 +45,9 @@ func (g *guest) modules(ctx context.Context) error {
 				return fmt.Errorf("load %s: %w", m.path, err)
 			}
 			g.log.Printf("coffer: module %s not loaded: %v", path.Base(m.path), err)
+			continue
 		}
+		loaded++
 	}
 	if err := g.MountTSM(); err != nil {
 		return err
@@ -53,6 +57,15 @@ func (g *guest) modules(ctx context.Context) error {
 			return err
 		}
 	}
+	// The measured command line asks for it; a kernel may not know the word.
+	mode, err := g.Lockdown()
+	if err != nil {
+		return err
+	}
+	if mode != "integrity" && mode != "confidentiality" {
+		return fmt.Errorf("the kernel's lockdown is %q, not integrity", mode)
+	}
+	g.log.Printf("coffer: modules=%d modules_disabled=1 lockdown=%s", loaded, mode)
 	return nil
 }
 

@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/anatol/devmapper.go"
@@ -33,13 +34,15 @@ func System() Deps {
 		WriteFile:  writeFile,
 		Now:        time.Now,
 		SetClock:   setClock,
+		ACPITables: acpiTablesOfKernel,
 		LoadModule: loadModule,
 		MountTSM:   mountTSM,
 		Sysctl:     sysctl,
+		Lockdown:   lockdown,
 		Evidence:   evidence.Open,
 		Firewall:   firewall.Apply,
 		Network:    netup.Configure,
-		Lookup:     lookup,
+		Lookup:     netup.Lookup,
 		FetchKey:   fetchKey,
 		OpenDisk:   openDisk,
 		OpenVerity: openVerity,
@@ -67,6 +70,10 @@ func mountEarly() error {
 		if err := mountAt(m.fs, m.fs, m.at, m.flags, m.data); err != nil {
 			return err
 		}
+	}
+	// No core dump of a program that holds the key.
+	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}); err != nil {
+		return fmt.Errorf("limit core: %w", err)
 	}
 	// Our own resolver reads the files that the agent will be left with.
 	if err := os.MkdirAll("/etc", 0o755); err != nil {
@@ -151,11 +158,19 @@ func sysctl(name, value string) error {
 	return errors.Join(err, f.Close())
 }
 
-func lookup(ctx context.Context, host string) ([]netip.Addr, error) {
-	if a, err := netip.ParseAddr(host); err == nil {
-		return []netip.Addr{a}, nil
+// lockdown reads, of "none [integrity] confidentiality", the word in brackets.
+func lockdown() (string, error) {
+	const at = "/sys/kernel/security"
+	if err := mountAt("securityfs", "securityfs", at, unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil {
+		return "", err
 	}
-	return net.DefaultResolver.LookupNetIP(ctx, "ip", host)
+	text, err := readFile(at+"/lockdown", 256)
+	if err := errors.Join(err, unix.Unmount(at, 0)); err != nil {
+		return "", fmt.Errorf("the kernel's lockdown: %w", err)
+	}
+	_, rest, _ := strings.Cut(string(text), "[")
+	mode, _, _ := strings.Cut(rest, "]")
+	return mode, nil
 }
 
 func fetchKey(ctx context.Context, kbs guestconfig.KBS, peers []netip.AddrPort, a kbsclient.Attester) ([]byte, error) {
