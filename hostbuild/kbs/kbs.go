@@ -231,37 +231,3 @@ func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
 	}
 	return nil
 }
-
-// limited accepts no more connections at a time than it has slots.
-type limited struct {
-	net.Listener
-	slots chan struct{}
-}
-
-func (l *limited) Accept() (net.Conn, error) {
-	for {
-		c, err := l.Listener.Accept()
-		if err != nil {
-			return nil, err
-		}
-		select {
-		case l.slots <- struct{}{}:
-			return &limitedConn{Conn: c, slots: l.slots}, nil
-		default:
-			c.Close()
-		}
-	}
-}
-
-type limitedConn struct {
-	net.Conn
-	slots  chan struct{}
-	closed atomic.Bool
-}
-
-func (c *limitedConn) Close() error {
-	if c.closed.CompareAndSwap(false, true) {
-		<-c.slots
-	}
-	return c.Conn.Close()
-}
