@@ -84,6 +84,9 @@ func TestSNPFlow(t *testing.T) {
 		if l["msg"] != "released" || l["measurement"] != hex.EncodeToString(measurement[:]) || l["chip_id"] != hex.EncodeToString(chip.ChipID[:]) || l["simulated"] != true || l["path"] != keyPath {
 			t.Errorf("audit line %v", l)
 		}
+		if ms, _ := l["ms"].(float64); ms <= 0 || !strings.HasPrefix(fmt.Sprint(l["remote"]), "127.0.0.1:") {
+			t.Errorf("audit line %v tells neither who asked nor how long it took", l)
+		}
 		if a := g.get("keys/root/two"); a.errType() != "PolicyDeny" {
 			t.Errorf("another CVM's key: %d %s, want PolicyDeny", a.status, a.body)
 		}
