@@ -292,6 +292,14 @@ func rootFiles(b *base.Base) []disk.File {
 		disk.File{Path: "/etc/resolv.conf", Mode: link | 0o777, Link: guestconfig.ResolvConfPath},
 		disk.File{Path: "/etc/hosts", Mode: link | 0o777, Link: guestconfig.HostsPath},
 	)
+	if b.NVIDIA != "" { // mounted at /usr
+		fs = append(fs,
+			disk.File{Path: "/usr", Mode: dir | 0o755},
+			disk.File{Path: guestconfig.NVIDIAPath, Mode: regular | 0o644, Source: b.NVIDIA},
+			disk.File{Path: "/lib", Mode: link | 0o777, Link: "usr/lib"},
+			disk.File{Path: "/lib64", Mode: link | 0o777, Link: "usr/lib64"},
+		)
+	}
 	return fs
 }
 
@@ -318,7 +326,7 @@ func guestConfig(p Params, id, ca string, b *base.Base, root *disk.Root, pinned 
 func assemble(a *bundle.Archive, cryptRoot bundle.File, dir string, gc *guestconfig.Config, b *base.Base, root *disk.Root, p Params) (*bundle.Manifest, error) {
 	m := &bundle.Manifest{
 		Version: 1, CVMID: gc.CVMID, Platform: gc.Platform, TEE: gc.TEE, Created: p.Now,
-		Cmdline: bundle.Cmdline(gc.Platform, gc.CVMID), GuestFeatures: fmt.Sprintf("%#x", GuestFeatures),
+		Cmdline: bundle.Cmdline(gc.Platform, gc.CVMID, gc.GPU != nil), GuestFeatures: fmt.Sprintf("%#x", GuestFeatures),
 		Base:  bundle.Base{ID: b.ID, KernelVersion: b.KernelVersion},
 		Image: bundle.Image{Name: root.Image.Name, Digest: root.Image.Digest, ConfigDigest: root.Image.ConfigDigest, DiffIDs: root.Image.DiffIDs},
 		Disk:  gc.Disk, KBS: bundle.KBS{URL: gc.KBS.URL, KeyPath: gc.KBS.KeyPath, CanaryPath: gc.KBS.CanaryPath},

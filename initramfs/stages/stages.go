@@ -40,14 +40,16 @@ type Deps struct {
 	Now        func() time.Time
 	SetClock   func(time.Time) error
 	ACPITables func() ([]ACPITable, error)
-	LoadModule func(path string) error
+	LoadModule func(path, params string) error
 	MountTSM   func() error // needs the module configfs
 	Sysctl     func(name, value string) error
-	Lockdown   func() (string, error) // the mode of the kernel's lockdown that is in force
-	Evidence   func(platform, tee string) (evidence.Source, error)
-	Firewall   func(firewall.Rules) error
-	Network    func(context.Context, *guestconfig.Static) (*netup.Network, error)
-	Lookup     func(ctx context.Context, host string) ([]netip.Addr, error)
+	// Lockdown locks the kernel down (integrity) where that is not done yet, and
+	// returns the mode in force.
+	Lockdown func() (mode string, err error)
+	Evidence func(platform, tee string) (evidence.Source, error)
+	Firewall func(firewall.Rules) error
+	Network  func(context.Context, *guestconfig.Static) (*netup.Network, error)
+	Lookup   func(ctx context.Context, host string) ([]netip.Addr, error)
 	// FetchKey returns the resource at kbs.KeyPath. It connects to peers only.
 	FetchKey func(ctx context.Context, kbs guestconfig.KBS, peers []netip.AddrPort, a kbsclient.Attester) ([]byte, error)
 	// OpenDisk returns the device of the decrypted payload.
@@ -92,6 +94,7 @@ func (g *guest) phases() []boot.Phase {
 		{Name: "key", Deadline: 120 * s, Code: boot.CodeKBSProtocol, Run: g.fetchKey},
 		{Name: "luks", Deadline: 60 * s, Code: boot.CodeLUKSHeader, Run: g.luks},
 		{Name: "verity", Deadline: 30 * s, Code: boot.CodeVerity, Run: g.verity},
+		{Name: "driver", Deadline: 60 * s, Code: boot.CodeGPU, Run: g.driver},
 		{Name: lastPhase, Deadline: 30 * s, Code: boot.CodeRoot, Run: g.root},
 	}
 }

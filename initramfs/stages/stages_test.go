@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -68,6 +69,7 @@ type machine struct {
 	source  *fakeSource
 	cmdline string
 	load    string
+	driver  string // the load list of the verity root; "": it has none
 	now     time.Time
 	key     []byte // given out by FetchKey
 	acpi    []ACPITable
@@ -120,6 +122,10 @@ func (m *machine) deps() Deps {
 				return []byte(m.cmdline), nil
 			case loadListPath:
 				return []byte(m.load), nil
+			case newRoot + loadListPath:
+				if m.driver != "" {
+					return []byte(m.driver), nil
+				}
 			}
 			return nil, fs.ErrNotExist
 		},
@@ -130,10 +136,10 @@ func (m *machine) deps() Deps {
 		Now:        func() time.Time { return m.now },
 		SetClock:   func(t time.Time) error { return m.call(fmt.Sprint("SetClock ", t.Unix())) },
 		ACPITables: func() ([]ACPITable, error) { return m.acpi, m.call("ACPITables") },
-		Lockdown:   func() (string, error) { return m.mode, m.call("Lockdown") },
-		LoadModule: func(path string) error { return m.call("LoadModule " + path) },
+		LoadModule: func(path, params string) error { return m.call(strings.TrimSpace("LoadModule " + path + " " + params)) },
 		MountTSM:   func() error { return m.call("MountTSM") },
 		Sysctl:     func(name, value string) error { return m.call("Sysctl " + name + "=" + strings.TrimSpace(value)) },
+		Lockdown:   func() (string, error) { return m.mode, m.call("Lockdown") },
 		Evidence: func(platform, tee string) (evidence.Source, error) {
 			return m.source, m.call("Evidence " + platform + " " + tee)
 		},
@@ -208,6 +214,53 @@ func TestFeatureModules(t *testing.T) {
 	}
 }
 
+// The GPUs' driver lies in the verity root; nothing unsigned follows it.
+func TestDriver(t *testing.T) {
+	const (
+		nvidia = "LoadModule /newroot/lib/modules/6.12/nvidia.ko"
+		uvm    = "LoadModule /newroot/lib/modules/6.12/nvidia-uvm.ko"
+		last   = "Sysctl kernel/modules_disabled=1"
+	)
+	guest := func(count int) *machine {
+		m := newMachine()
+		m.cfg.GPU = &guestconfig.GPU{Mode: guestconfig.GPULocal, OCSP: "off", Count: count}
+		m.load += "gpu:/lib/modules/6.12/kernel/ecdh_generic.ko\n"
+		m.driver = "/lib/modules/6.12/nvidia.ko\n/lib/modules/6.12/nvidia-uvm.ko\n"
+		return m
+	}
+	for _, c := range []struct {
+		name  string
+		spoil func(*machine)
+		want  []string
+	}{
+		{"several GPUs", func(*machine) {}, []string{"LoadModule /lib/modules/6.12/kernel/ecdh_generic.ko", "MountRoot /dev/dm-1", nvidia, uvm, "Lockdown", last, "SwitchRoot /proc/self/exe"}},
+		{"one GPU", func(m *machine) { m.cfg.GPU.Count = 1 }, []string{nvidia + " NVreg_NvLinkDisable=1", uvm, "Lockdown", last}},
+		{"made-up GPUs", func(m *machine) { m.driver = "" }, []string{"MountRoot /dev/dm-1", "Lockdown", last, "SwitchRoot /proc/self/exe"}},
+	} {
+		m := guest(8)
+		c.spoil(m)
+		m.boot(t.Context())
+		at := -1
+		for _, call := range c.want {
+			i := slices.Index(m.calls, call)
+			if i <= at {
+				t.Errorf("%s: %q is not where it belongs in %q", c.name, call, m.calls)
+			}
+			at = i
+		}
+		if c.name == "made-up GPUs" && m.did(nvidia) {
+			t.Errorf("%s: a module out of nowhere", c.name)
+		}
+	}
+
+	m := newMachine()
+	m.driver = "/lib/modules/6.12/nvidia.ko\n"
+	m.boot(t.Context())
+	if m.did(nvidia) || !m.did("SwitchRoot") {
+		t.Errorf("a guest without GPUs: %q", m.calls)
+	}
+}
+
 func TestBoot(t *testing.T) {
 	m := newMachine()
 	m.boot(t.Context())
@@ -216,7 +269,7 @@ func TestBoot(t *testing.T) {
 		"ReadFile /etc/coffer/guest.json", "ReadFile /proc/cmdline", "ACPITables",
 		"ReadFile /lib/modules/load", "LoadModule /lib/modules/6.12/kernel/dm_mod.ko", "LoadModule /lib/modules/6.12/kernel/sev_guest.ko", "MountTSM",
 		"Sysctl kernel/modprobe=", "Sysctl kernel/kexec_load_disabled=1", "Sysctl kernel/sysrq=0", "Sysctl kernel/dmesg_restrict=1",
-		"Sysctl kernel/kptr_restrict=2", "Sysctl kernel/unprivileged_bpf_disabled=1", "Sysctl kernel/yama/ptrace_scope=2", "Sysctl kernel/modules_disabled=1", "Lockdown",
+		"Sysctl kernel/kptr_restrict=2", "Sysctl kernel/unprivileged_bpf_disabled=1", "Sysctl kernel/yama/ptrace_scope=2", "Lockdown", "Sysctl kernel/modules_disabled=1",
 		"Evidence " + evidence.Platform + " snp",
 		"Firewall",
 		"Network", "WriteFile /run/coffer/resolv.conf", "WriteFile /run/coffer/hosts", "Firewall",
@@ -303,7 +356,10 @@ func TestFailures(t *testing.T) {
 		notDid string // what must not have happened
 	}{
 		{"mounts", func(m *machine) { m.fail["Mount"] = errFake }, "mounts", boot.CodeInternal, "no luck", "ReadFile"},
-		{"no config", func(m *machine) { m.fail["ReadFile "+configPath] = fs.ErrNotExist }, "config", boot.CodeConfig, "not exist", "Network"},
+		{"no config", func(m *machine) {
+			m.load += "nfs:/lib/modules/6.12/kernel/nfsv4.ko\n"
+			m.fail["ReadFile "+configPath] = fs.ErrNotExist
+		}, "config", boot.CodeConfig, "not exist", "Network"},
 		{"invalid config", func(m *machine) { m.cfg.CVMID = "x" }, "config", boot.CodeConfig, "cvm_id", "Network"},
 		{"vm_id of another", func(m *machine) { m.cmdline = "vm_id=cvm_ffffffffffff" }, "config", boot.CodeConfig, "cvm_ffffffffffff", "Network"},
 		{"vm_id missing", func(m *machine) { m.cmdline = "quiet" }, "config", boot.CodeConfig, "vm_id is missing", "Network"},
@@ -319,6 +375,15 @@ func TestFailures(t *testing.T) {
 		{"module", func(m *machine) { m.fail["LoadModule /lib/modules/6.12/kernel/dm_mod.ko"] = errFake }, "modules", boot.CodeModules, "dm_mod.ko: no luck", "Network"},
 		{"load list", func(m *machine) { m.load = "/bin/sh\n" }, "modules", boot.CodeModules, "/bin/sh", "LoadModule"},
 		{"sysctl", func(m *machine) { m.fail["Sysctl kernel/modules_disabled=1"] = errFake }, "modules", boot.CodeModules, "no luck", "Network"},
+		{"no GPU", func(m *machine) {
+			m.cfg.GPU = &guestconfig.GPU{Mode: guestconfig.GPULocal, OCSP: "off"}
+			m.driver = "/lib/modules/6.12/nvidia.ko\n"
+			m.fail["LoadModule /newroot/lib/modules/6.12/nvidia.ko"] = syscall.ENODEV
+		}, "driver", boot.CodeGPU, "the VM has no NVIDIA GPU", "SwitchRoot"},
+		{"no lockdown", func(m *machine) {
+			m.cfg.GPU = &guestconfig.GPU{Mode: guestconfig.GPULocal, OCSP: "off"}
+			m.fail["Lockdown"] = errFake
+		}, "driver", boot.CodeGPU, "no luck", "SwitchRoot"},
 		{"no platform", func(m *machine) { m.fail["Evidence "+evidence.Platform+" snp"] = evidence.ErrPlatform }, "evidence", boot.CodeEvidence, "platform", "Firewall"},
 		{"no report", func(m *machine) { m.source.err = errFake }, "evidence", boot.CodeEvidence, "no luck", "Firewall"},
 		{"debug policy", func(m *machine) { m.source.report.Policy |= 1 << 19 }, "evidence", boot.CodeEvidence, "debug", "Firewall"},

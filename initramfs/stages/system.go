@@ -103,7 +103,14 @@ func mountRoot(dev string) error {
 	if err := mountAt(dev, "erofs", newRoot, flags, ""); err != nil {
 		return err
 	}
-	return mountAt(newRoot+guestconfig.ProgramsPath, "erofs", newRoot+"/bin", flags, "")
+	if err := mountAt(newRoot+guestconfig.ProgramsPath, "erofs", newRoot+"/bin", flags, ""); err != nil {
+		return err
+	}
+	err := unix.Mount(newRoot+guestconfig.NVIDIAPath, newRoot+"/usr", "erofs", flags, "")
+	if err != nil && !errors.Is(err, unix.ENOENT) {
+		return fmt.Errorf("mount the driver at /usr: %w", err)
+	}
+	return nil
 }
 
 func readFile(path string, limit int64) ([]byte, error) {
@@ -137,20 +144,22 @@ func setClock(t time.Time) error {
 	return unix.ClockSettime(unix.CLOCK_REALTIME, &ts)
 }
 
-func loadModule(path string) error {
+func loadModule(path, params string) error {
 	f, err := os.Open(path)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	if err := unix.FinitModule(int(f.Fd()), "", 0); err != nil && !errors.Is(err, unix.EEXIST) {
+	if err := unix.FinitModule(int(f.Fd()), params, 0); err != nil && !errors.Is(err, unix.EEXIST) {
 		return err
 	}
 	return nil
 }
 
-func sysctl(name, value string) error {
-	f, err := os.OpenFile("/proc/sys/"+name, os.O_WRONLY, 0)
+func sysctl(name, value string) error { return writeExisting("/proc/sys/"+name, value) }
+
+func writeExisting(path, value string) error {
+	f, err := os.OpenFile(path, os.O_WRONLY, 0)
 	if err != nil {
 		return err
 	}
@@ -158,18 +167,25 @@ func sysctl(name, value string) error {
 	return errors.Join(err, f.Close())
 }
 
-// lockdown reads, of "none [integrity] confidentiality", the word in brackets.
-func lockdown() (string, error) {
-	const at = "/sys/kernel/security"
-	if err := mountAt("securityfs", "securityfs", at, unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil {
+// lockdown keeps even root from the kernel's memory and from unsigned code. The
+// kernel names its modes so: "none [integrity] confidentiality".
+func lockdown() (mode string, err error) {
+	const dir, file = "/sys/kernel/security", "/sys/kernel/security/lockdown"
+	if err := mountAt("securityfs", "securityfs", dir, unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil {
 		return "", err
 	}
-	text, err := readFile(at+"/lockdown", 256)
-	if err := errors.Join(err, unix.Unmount(at, 0)); err != nil {
+	defer func() { err = errors.Join(err, unix.Unmount(dir, 0)) }()
+	text, err := readFile(file, 256)
+	if err == nil && strings.HasPrefix(string(text), "[none]") {
+		if err = writeExisting(file, "integrity"); err == nil {
+			text, err = readFile(file, 256)
+		}
+	}
+	if err != nil {
 		return "", fmt.Errorf("the kernel's lockdown: %w", err)
 	}
 	_, rest, _ := strings.Cut(string(text), "[")
-	mode, _, _ := strings.Cut(rest, "]")
+	mode, _, _ = strings.Cut(rest, "]")
 	return mode, nil
 }
 

@@ -37,6 +37,9 @@ const (
 	InitrdPath = "etc/coffer/guest.json"
 	// ProgramsPath is the EROFS, in the verity root, that becomes its /bin.
 	ProgramsPath = "/programs.erofs"
+	// NVIDIAPath is the EROFS, in the verity root of a guest with a driver, that
+	// becomes its /usr.
+	NVIDIAPath = "/nvidia.erofs"
 	// AgentPath is the program that init hands over to, in the verity root.
 	AgentPath = "/bin/agent"
 	// HandoverPath is where init leaves a Handover for the agent.
@@ -344,8 +347,12 @@ var (
 	hostName = regexp.MustCompile(`^[a-zA-Z0-9]([a-zA-Z0-9._-]{0,252})$`)
 )
 
-// FeatureNFS names what NFS needs, in the load list of the initrd's modules.
-const FeatureNFS = "nfs"
+// What guests that have NFS or GPUs need, as the load list of the initrd's modules
+// calls it.
+const (
+	FeatureNFS = "nfs"
+	FeatureGPU = "gpu"
+)
 
 // NFS reports whether the guest may mount NFS: the port is open to it. Its
 // kernel modules are loaded only then.
