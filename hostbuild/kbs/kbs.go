@@ -19,6 +19,8 @@
 //   - A policy that old Trustee would read as "allow all" is refused.
 //   - `sample` evidence and simulated chips need Options.AllowSimulated, and
 //     every token about them says `simulated`.
+//   - Reports signed by a VLEK, or that mask the chip's id, are refused: nothing
+//     then says which chip it was.
 //   - RSA1_5 is refused, and so is additional (device) evidence unless
 //     Options.Devices judges it; every device must pass.
 //   - Tokens about SNP reports name the chip's product, beside Trustee's claims.

@@ -155,6 +155,9 @@ func TestSNPRefuses(t *testing.T) {
 		{"another chip's chain", func(g *guest) json.RawMessage { return g.evidence(stranger, stranger.Certs(), nil) }, "chain"},
 		{"another chip's report", func(g *guest) json.RawMessage { return g.evidence(stranger, chip.Certs(), nil) }, "signature"},
 		{"VLEK", func(g *guest) json.RawMessage { return g.evidence(vlek, vlek.Certs(), nil) }, "VLEK"},
+		{"masked chip id", func(g *guest) json.RawMessage {
+			return g.evidence(chip, chip.Certs(), func(r *snp.Report) { r.ChipID = [64]byte{} })
+		}, "chip id"},
 		{"no certificates", func(g *guest) json.RawMessage { return g.evidence(chip, nil, nil) }, "no VCEK in the evidence"},
 		{"VMPL 1", func(g *guest) json.RawMessage {
 			return g.evidence(chip, chip.Certs(), func(r *snp.Report) { r.VMPL = 1 })
@@ -187,7 +190,7 @@ func TestSNPRefuses(t *testing.T) {
 				g.t.Fatal(err)
 			}
 			return b
-		}, ""},
+		}, "8 bytes are no certificate"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
