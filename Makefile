@@ -24,7 +24,7 @@ SOURCES := go.mod go.sum $(shell find agent cmd hostbuild images initramfs inter
 
 PREFIX ?= /usr/local
 
-.PHONY: all deps base install test test-e2e test-oracles bench demo regorus fuzz lint clean test-nvflare test-trustee soak test-gpu-hw
+.PHONY: all deps base install test test-e2e test-oracles bench demo regorus fuzz lint clean test-nvflare test-trustee soak test-gpu-hw test-nvflare-e2e test-nvflare-boot
 .DELETE_ON_ERROR:
 
 all: $(MAINS) $(GUEST) bin/init-simulated bin/agent-simulated bin/snpguest-simulated bin/cvm_build bin/demo-workload bin/bench-idle bin/gpu-helper
@@ -75,7 +75,7 @@ test test-e2e bench: DEPS += $(TEST_DEPS)
 
 # Units first; then the scenarios alone, since they time what QEMU does.
 test: all base deps
-	COFFER_TEST_OVMF=$(CURDIR)/build/base/snp/OVMF.amdsev.fd $(GO) test $$($(GO) list ./... | grep -v -e /test/scenarios -e /test/e2e -e /test/nvflare -e /test/trustee)
+	COFFER_TEST_OVMF=$(CURDIR)/build/base/snp/OVMF.amdsev.fd $(GO) test $$($(GO) list ./... | grep -v -e /test/scenarios -e /test/e2e -e /test/nvflare -e /test/federation -e /test/trustee)
 	$(GO) test -count=1 -timeout 40m -v ./test/scenarios
 	env -u KBS_URL $(GO) test -count=1 -timeout 20m -v ./test/trustee
 test-e2e: all base deps
@@ -107,6 +107,13 @@ test-nvflare: all base deps $(NVFLARE:%=build/nvflare/%/installed)
 build/nvflare/%/installed: | deps
 	python3 -m venv --clear $(@D)
 	$(@D)/bin/pip install -q nvflare==$* filelock # which SNPAuthorizer imports and nvflare does not require
+	@touch $@
+# docs/nvflare.md, command by command: a server, a site and an admin; or up to the site's join.
+test-nvflare-e2e test-nvflare-boot: all base deps build/nvflare/2.9.0/installed build/images/nvflare.tar.gz
+	$(GO) test -count=1 -timeout 40m -v -run '^Test$(if $(filter %-boot,$@),Boot,Federation)$$' ./test/federation
+build/images/nvflare.tar.gz: DEPS += mmdebstrap
+build/images/nvflare.tar.gz: build/nvflare/2.9.0/installed | deps
+	$(GO) run ./test/debimage/nvflare-image build/nvflare/2.9.0/bin/python3 $(@D)
 	@touch $@
 bench: all base deps
 	bin/bench
