@@ -25,7 +25,8 @@ SOURCES := go.mod go.sum $(shell find agent cmd hostbuild images initramfs inter
 
 PREFIX ?= /usr/local
 
-.PHONY: all deps base install deb test-deb test test-guest test-e2e test-oracles bench demo regorus fuzz lint clean test-nvflare test-trustee soak test-gpu-hw
+.PHONY: all deps base install deb test-deb test test-guest test-e2e test-oracles bench demo regorus fuzz lint clean \
+	test-nvflare test-nvflare-e2e test-nvflare-boot test-trustee soak test-gpu-hw
 .DELETE_ON_ERROR:
 
 all: $(MAINS) $(GUEST) bin/init-simulated bin/agent-simulated bin/snpguest-simulated bin/cvm_build bin/demo-workload bin/bench-idle bin/gpu-helper
@@ -108,7 +109,7 @@ test test-e2e bench: DEPS += $(TEST_DEPS)
 
 # Units first; then the scenarios alone, since they time what QEMU does.
 test: all base deps
-	COFFER_TEST_OVMF=$(CURDIR)/build/base/snp/OVMF.amdsev.fd $(GO) test $$($(GO) list ./... | grep -v -e /test/scenarios -e /test/e2e -e /test/nvflare -e /test/trustee -e /test/install)
+	COFFER_TEST_OVMF=$(CURDIR)/build/base/snp/OVMF.amdsev.fd $(GO) test $$($(GO) list ./... | grep -v -e /test/scenarios -e /test/e2e -e /test/nvflare -e /test/federation -e /test/trustee -e /test/install)
 	$(GO) test -count=1 -timeout 40m -v -skip ^TestGuest ./test/scenarios
 	env -u KBS_URL $(GO) test -count=1 -timeout 20m -v ./test/trustee
 # What a running guest withstands: its workload, its host, its network, its KBS.
@@ -142,6 +143,13 @@ test-nvflare: all base deps $(NVFLARE:%=build/nvflare/%/installed)
 build/nvflare/%/installed: | deps
 	python3 -m venv --clear $(@D)
 	$(@D)/bin/pip install -q nvflare==$* filelock # which SNPAuthorizer imports and nvflare does not require
+	@touch $@
+# docs/nvflare.md, command by command: a server, a site and an admin; or up to the site's join.
+test-nvflare-e2e test-nvflare-boot: all base deps build/nvflare/2.9.0/installed build/images/nvflare.tar.gz
+	$(GO) test -count=1 -timeout 40m -v -run '^Test$(if $(filter %-boot,$@),Boot,Federation)$$' ./test/federation
+build/images/nvflare.tar.gz: DEPS += mmdebstrap
+build/images/nvflare.tar.gz: build/nvflare/2.9.0/installed | deps
+	$(GO) run ./test/debimage/nvflare-image build/nvflare/2.9.0/bin/python3 $(@D)
 	@touch $@
 bench: all base deps
 	bin/bench
