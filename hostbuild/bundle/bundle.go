@@ -134,11 +134,16 @@ type KBS struct {
 }
 
 // Cmdline returns the kernel command line of a CVM. It is measured, and carries
-// hardening (facts of the words: docs/security.md) and the CVM's id alone.
-func Cmdline(platform, cvmID string) string {
+// hardening (facts of the words: docs/security.md) and the CVM's id alone. In a
+// guest with GPUs init locks the kernel once their driver, which Debian has not
+// signed, is in.
+func Cmdline(platform, cvmID string, gpu bool) string {
 	words := "console=ttyS0 loglevel=4 panic=-1 oops=panic mce=off random.trust_cpu=on random.trust_bootloader=off" +
 		" ia32_emulation=off vsyscall=none debugfs=off efi=noruntime init_on_alloc=1 acpi_no_static_ssdt" +
-		" cryptomgr.notests=1 module.sig_enforce=1 lockdown=integrity"
+		" cryptomgr.notests=1"
+	if !gpu {
+		words += " module.sig_enforce=1 lockdown=integrity"
+	}
 	if platform == guestconfig.PlatformSNP {
 		words += " tsc=reliable clocksource=tsc no-kvmclock"
 	}

@@ -318,6 +318,14 @@ func rootFiles(b *base.Base, in inputs) []disk.File {
 		}
 		fs = append(fs, disk.File{Path: name, Mode: regular | 0o755, Source: b.Root[name]})
 	}
+	if b.NVIDIA != "" { // mounted at /usr
+		fs = append(fs,
+			disk.File{Path: "/usr", Mode: dir | 0o755},
+			disk.File{Path: guestconfig.NVIDIAPath, Mode: regular | 0o644, Source: b.NVIDIA},
+			disk.File{Path: "/lib", Mode: link | 0o777, Link: "usr/lib"},
+			disk.File{Path: "/lib64", Mode: link | 0o777, Link: "usr/lib64"},
+		)
+	}
 	return append(fs, in.gpu.files...)
 }
 
@@ -351,7 +359,7 @@ func guestConfig(p Params, id, ca string, b *base.Base, root *disk.Root, in inpu
 			Verity: root.Verity, Scratch: root.Scratch,
 		},
 		Network: c.Network, Attestation: c.Attestation, Workload: w, UserConfig: in.pinned, Peers: c.Peers, API: api,
-		GPU: gpuGuard(c, id, in.gpu.pins, b),
+		GPU: gpuGuard(c, id, in.gpu.pins, b), ACPITables: c.ACPITables,
 	}
 }
 
@@ -359,7 +367,7 @@ func guestConfig(p Params, id, ca string, b *base.Base, root *disk.Root, in inpu
 func assemble(a *bundle.Archive, cryptRoot bundle.File, dir string, gc *guestconfig.Config, b *base.Base, root *disk.Root, p Params) (*bundle.Manifest, error) {
 	m := &bundle.Manifest{
 		Version: 1, CVMID: gc.CVMID, Platform: gc.Platform, TEE: gc.TEE, Created: p.Now,
-		Cmdline: bundle.Cmdline(gc.Platform, gc.CVMID), GuestFeatures: fmt.Sprintf("%#x", GuestFeatures),
+		Cmdline: bundle.Cmdline(gc.Platform, gc.CVMID, gc.GPU != nil), GuestFeatures: fmt.Sprintf("%#x", GuestFeatures),
 		Base:  bundle.Base{ID: b.ID, KernelVersion: b.KernelVersion},
 		Image: bundle.Image{Name: root.Image.Name, Digest: root.Image.Digest, ConfigDigest: root.Image.ConfigDigest, DiffIDs: root.Image.DiffIDs},
 		Disk:  gc.Disk, KBS: kbsOf(gc),

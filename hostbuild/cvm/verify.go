@@ -110,7 +110,7 @@ func checkGuestConfig(dir string, m *bundle.Manifest) error {
 		{"attestation", gc.Attestation, m.Attestation},
 		{"kbs", kbs, m.KBS},
 		{"image", bundle.Image{Name: gc.Workload.ImageName, Digest: gc.Workload.ImageDigest}, bundle.Image{Name: m.Image.Name, Digest: m.Image.Digest}},
-		{"cmdline", bundle.Cmdline(gc.Platform, gc.CVMID), m.Cmdline},
+		{"cmdline", bundle.Cmdline(gc.Platform, gc.CVMID, gc.GPU != nil), m.Cmdline},
 	} {
 		if !reflect.DeepEqual(plain(c.got), plain(c.want)) {
 			errs = append(errs, fmt.Errorf("%s: %+v, the manifest says %+v", c.name, c.got, c.want))
