@@ -109,6 +109,7 @@ type agent struct {
 	nfsDone  <-chan struct{} // closed when the export is unmounted; nil: no NFS
 	job      *workload.Supervisor
 	loop     *attest.Loop
+	cpu      int64 // processor time at the last round's end
 
 	configSource string // what the workload sees as /user_config
 }

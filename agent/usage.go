@@ -7,11 +7,10 @@ import (
 	"strconv"
 )
 
-// usage is what the guest itself costs: this process, containerd and its shims, by
-// name.
+// usage is what the guest itself costs: this process, containerd and its shims.
 type usage struct {
-	rss map[string]int64 // resident memory, KiB
-	cpu map[string]int64 // processor time since each one's start, milliseconds
+	rss map[string]int64 // resident memory by name, KiB
+	cpu int64            // processor time of all since their starts, milliseconds
 }
 
 // tick is the unit of processor time in /proc, in milliseconds (USER_HZ is 100).
@@ -19,7 +18,7 @@ const tick = 10
 
 // readUsage leaves out a process that is not there. procfs is where /proc is.
 func readUsage(procfs string) usage {
-	u := usage{map[string]int64{}, map[string]int64{}}
+	u := usage{rss: map[string]int64{}}
 	names := map[string]string{"containerd": "containerd", "containerd-shim": "shim"} // the kernel keeps 15 bytes of a name
 	dirs, err := filepath.Glob(filepath.Join(procfs, "[0-9]*"))
 	if err != nil {
@@ -46,7 +45,7 @@ func readUsage(procfs string) usage {
 		// proc(5): utime and stime are fields 14 and 15; the name, field 2, may hold anything.
 		stat, _ := os.ReadFile(filepath.Join(dir, "stat"))
 		if f := bytes.Fields(stat[bytes.LastIndexByte(stat, ')')+1:]); len(f) > 12 {
-			u.cpu[name] += (number(f[11]) + number(f[12])) * tick
+			u.cpu += (number(f[11]) + number(f[12])) * tick
 		}
 	}
 	return u

@@ -26,12 +26,14 @@ type verifier struct {
 
 	vaultKey string                 // resource that release is to get once; "": there is none
 	release  func(key []byte) error // the key's text
+	cpu      int64                  // processor time when the round began
 }
 
 // round is one attestation. A KBS's /attest accepts evidence that its policy
 // does not want, so what counts is the canary resource, which the policy gives
 // to wanted guests only.
 func (v *verifier) round(ctx context.Context) error {
+	v.cpu = readUsage("/proc").cpu
 	if err := v.net.findKBS(ctx); err != nil {
 		return err
 	}
@@ -168,9 +170,11 @@ type record struct {
 	LaunchDigest string `json:"launch_digest"`
 	Simulated    bool   `json:"simulated"`
 
-	// Resident memory of agent, containerd and shim, and their processor time so far.
-	RSS map[string]int64 `json:"rss_kib"`
-	CPU map[string]int64 `json:"cpu_ms"`
+	// What agent, containerd and shim take: resident memory, and processor time in
+	// this round and between the last one and this.
+	RSS      map[string]int64 `json:"rss_kib"`
+	RoundCPU int64            `json:"round_cpu_ms"`
+	IdleCPU  int64            `json:"idle_cpu_ms"`
 }
 
 // report writes a round to the console and to its log.
@@ -191,8 +195,10 @@ func (a *agent) report(r attest.Result) {
 		LaunchDigest: a.handover.LaunchDigest,
 		Simulated:    a.verifier.source.Simulated(),
 		RSS:          u.rss,
-		CPU:          u.cpu,
+		RoundCPU:     u.cpu - a.verifier.cpu,
+		IdleCPU:      a.verifier.cpu - a.cpu,
 	})
+	a.cpu = u.cpu
 	if err == nil {
 		a.logs.attestation.Write(append(b, '\n'))
 		a.services.api.SetRound(b, r.Verdict.String(), a.verifier.token)

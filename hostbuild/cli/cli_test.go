@@ -171,7 +171,8 @@ func TestExamples(t *testing.T) {
 			t.Errorf("%s has no example", c.CommandPath())
 		}
 		for line := range strings.Lines(c.Example) {
-			words := strings.Fields(quoted.ReplaceAllString(line, "X"))
+			line, _, _ = strings.Cut(quoted.ReplaceAllString(line, "X"), "|")
+			words := strings.Fields(redirected.ReplaceAllString(line, ""))
 			if words[0] == "cvm_build" {
 				words = append([]string{"hostbuild", "cvm"}, words[1:]...)
 			}
@@ -192,7 +193,9 @@ func TestExamples(t *testing.T) {
 }
 
 // quoted is a word of shell that holds blanks.
-var quoted = regexp.MustCompile(`"[^"]*"|\$\([^)]*\)`)
+var quoted = regexp.MustCompile(`"[^"]*"|'[^']*'|\$\([^)]*\)`)
+
+var redirected = regexp.MustCompile(`[<>] ?[^ ]+`)
 
 func setup(e *testscript.Env, base string) error {
 	dir := filepath.Join(e.WorkDir, "kbs")
