@@ -1,4 +1,4 @@
-// Package agent is what a guest does after its init: PID 1 of the verity root.
+// Package agent is what a guest does after its init, as the one child of PID 1.
 // It mounts what the workload needs, opens exactly the ports of the guest
 // config, runs the image's container, and attests: once before the workload
 // starts, then again and again for as long as it runs.
@@ -26,6 +26,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"sync"
 	"time"
 
@@ -318,7 +319,8 @@ func (a *agent) takeOver(context.Context) error {
 
 // ports opens the workload's ports. Until here only the KBS was reachable.
 func (a *agent) ports(context.Context) error {
-	a.log.Printf("coffer: allowed ports in=%s out=%s, and out to the KBS and the resolvers", portList(a.cfg.Network.AllowedPorts), portList(a.cfg.Network.AllowedOutPorts))
+	a.log.Printf("coffer: allowed ports in=%s out=%s", portList(a.cfg.Network.AllowedPorts), portList(a.cfg.Network.AllowedOutPorts))
+	a.log.Printf("coffer: the guest's own ports out=%s", strings.Join(a.net.own(), ","))
 	return a.net.apply()
 }
 
@@ -454,10 +456,12 @@ func (a *agent) container(ctx context.Context) error {
 		Args:       w.Args,
 		Env:        w.Env,
 		MemoryMiB:  w.MemoryMiB,
+		CPUPercent: w.CPUPercent,
 		PidsMax:    w.PidsMax,
 		TmpMiB:     w.TmpMiB,
 		Binds:      binds,
 		Path:       "/host/bin",
+		TaskDir:    a.daemon.TaskDir("workload"),
 		FIFODir:    filepath.Join(p.Run, "coffer", "fifo"),
 		RuncRoot:   filepath.Join(p.Run, "runc"),
 		Stdout:     a.logs.stream(a.output, first),

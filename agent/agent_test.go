@@ -256,7 +256,7 @@ func TestLife(t *testing.T) {
 		t.Errorf("phases %v, want %v", phases, want)
 	}
 	for _, want := range []string{
-		"coffer: allowed ports in=8002/tcp out=443/tcp, and out to the KBS and the resolvers platform=simulated",
+		"coffer: allowed ports in=8002/tcp out=443/tcp platform=simulated",
 		`attestation round=1 verdict=pass reason="" platform=simulated`,
 		"workload: hello", "workload: coffer: FAILED phase=fake", "workload: no endkept",
 	} {

@@ -61,6 +61,18 @@ func newNetwork(d Deps, cfg *guestconfig.Config, resolvers []string) (*network, 
 	return n, nil
 }
 
+// own names what the guest itself connects to, whatever the workload may.
+func (n *network) own() []string {
+	out := []string{fmt.Sprintf("kbs:%s:%d/tcp", n.host, n.port)}
+	for _, a := range n.rules.DNS {
+		out = append(out, fmt.Sprintf("dns:%s:53/udp+tcp", a))
+	}
+	if n.rules.DHCP {
+		out = append(out, "dhcp:67/udp")
+	}
+	return out
+}
+
 func (n *network) apply() error {
 	n.mu.Lock()
 	defer n.mu.Unlock()

@@ -126,6 +126,8 @@ var verdicts = []struct {
 	{kbsclient.ErrAttestationRefused, attest.Negative, boot.CodeKBSRefused},
 	{kbsclient.ErrTokenInvalid, attest.Negative, boot.CodeKBSRefused},
 	{kbsclient.ErrClock, attest.Negative, boot.CodeClock}, // is an ErrTLS too
+	{evidence.ErrKeyDisabled, attest.Negative, boot.CodeVMPCK},
+	{evidence.ErrNoDevice, attest.Negative, boot.CodeNoDevice},
 	{kbsclient.ErrTLS, attest.Unknown, boot.CodeKBSTLS},
 	{kbsclient.ErrUnreachable, attest.Unknown, boot.CodeKBSUnreachable},
 	{context.DeadlineExceeded, attest.Unknown, boot.CodeTimeout}, // the platform's, too

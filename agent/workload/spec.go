@@ -87,6 +87,10 @@ func guardOpts(cfg *Config) []oci.SpecOpts {
 	if cfg.Devices != nil {
 		opts = append(opts, cfg.Devices)
 	}
+	if cfg.CPUPercent > 0 {
+		const period = 100_000 // microseconds
+		opts = append(opts, oci.WithCPUCFS(cfg.CPUPercent*period/100, period))
+	}
 	return append(opts, seccomp.WithDefaultProfile())
 }
 

@@ -42,11 +42,13 @@ type Config struct {
 	Args           []string
 	Env            []string
 	MemoryMiB      int64 // 0: no limit
+	CPUPercent     int64 // of one CPU; 0: no limit
 	PidsMax        int64
 	TmpMiB         int64 // /tmp and /dev/shm, each
 	Binds          []Bind
 	Path           string       // added at the end of PATH
 	Devices        oci.SpecOpts // adds devices and what they need; may be nil
+	TaskDir        string       // where containerd keeps what it knows of the run's shim
 	FIFODir        string
 	RuncRoot       string // runc's state
 	Stdout, Stderr io.Writer
@@ -143,7 +145,10 @@ func (r *Runner) Start(ctx context.Context) (ended <-chan struct{}, err error) {
 	r.task, r.done = task, done
 	r.mu.Unlock()
 	go func() {
-		exit := await(task)
+		exit, err := shimExit(context.Background(), r.cfg.TaskDir, r.cfg.ID)
+		if err != nil {
+			exit = await(task)
+		}
 		held.release()
 		r.delete(context.Background(), task)
 		r.mu.Lock()
@@ -200,8 +205,8 @@ func (r *Runner) Exit() Exit {
 	return r.exit
 }
 
-// await asks for the run's end until it is known. containerd answers with an
-// error when it goes down itself; the run then goes on without it.
+// await asks containerd for the run's end until it is known. containerd answers
+// with an error when it goes down itself; the run then goes on without it.
 func await(task client.Task) Exit {
 	silent := time.Now()
 	for {
@@ -229,13 +234,20 @@ func await(task client.Task) Exit {
 	}
 }
 
-// delete removes a task that has ended or never started.
+// delete removes a task that has ended or never started, once containerd is there.
 func (r *Runner) delete(ctx context.Context, task client.Task) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
 	defer cancel()
 	// Delete waits for the output without a limit; the container's processes
 	// are dead, but whoever else holds the pipe is not known.
-	within(ctx, func() { task.Delete(ctx, client.WithProcessKill) })
+	within(ctx, func() {
+		for ctx.Err() == nil {
+			if _, err := task.Delete(ctx, client.WithProcessKill); !errdefs.IsUnavailable(err) {
+				return
+			}
+			time.Sleep(askEvery)
+		}
+	})
 }
 
 // within returns when f has, or ctx has ended.

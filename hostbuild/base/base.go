@@ -6,8 +6,8 @@
 //	OVMF.amdsev.fd      firmware
 //	bin/                programs of the verity root: agent, snpguest, containerd, ...
 //	programs.erofs      the same, packed: what the guest mounts at /bin
+//	root/               more files of the verity root, of a base for made-up GPUs
 //	nvidia.erofs        of a base with NVIDIA's driver: what the guest mounts at /usr
-//	root/               more files of the verity root, of a base for GPUs
 //	ca-certificates.crt for the workload
 //	base.json           manifest: what is here and what it was made from
 //	base.lock           the packages that went in, for Params.Locked
@@ -107,8 +107,8 @@ type Base struct {
 	CACerts  string            // path of the CA certificates, PEM
 	Programs map[string]string // path in the guest, "/bin/agent", to path here
 	Packed   string            // path of the EROFS that holds the programs and becomes the guest's /bin
-	NVIDIA   string            // path of the EROFS that holds NVIDIA's driver and becomes the guest's /usr; "": there is none
 	Root     map[string]string // further files of the verity root, as Programs
+	NVIDIA   string            // path of the EROFS that holds NVIDIA's driver and becomes the guest's /usr; "": there is none
 	GPU      *GPU              // nil: guests have no GPUs
 
 	KernelVersion string // as uname -r prints it

@@ -44,12 +44,12 @@ type Params struct {
 	// empty and the package cannot be had, InstalledOVMF is taken if it is there.
 	OVMF string
 
-	// NVIDIADriver is a driver to take in place of the image's packages: NVIDIA's
-	// .run file or a folder of .deb files.
-	NVIDIADriver string
 	// SimulatedGPU is a folder that makes a simulated base one for made-up GPUs: a
 	// tree root of files for the verity root, and device-root.pem and rim-root.pem.
 	SimulatedGPU string
+	// NVIDIADriver is a driver to take in place of the image's packages: NVIDIA's
+	// .run file or a folder of .deb files.
+	NVIDIADriver string
 
 	Cache  string // folder that keeps downloaded packages by their SHA-256
 	Mirror Mirror // what is empty is found out from the machine
@@ -207,6 +207,11 @@ func build(ctx context.Context, p Params, image *images.Image) (*Base, error) {
 			return nil, err
 		}
 	}
+	if p.SimulatedGPU != "" {
+		if m.GPU, err = putSimulatedGPU(p.SimulatedGPU, dir, put); err != nil {
+			return nil, fmt.Errorf("simulated GPUs: %w", err)
+		}
+	}
 	if image.NVIDIA != nil {
 		work, err := os.MkdirTemp(p.Cache, "nvidia-")
 		if err != nil {
@@ -225,11 +230,6 @@ func build(ctx context.Context, p Params, image *images.Image) (*Base, error) {
 			return nil, err
 		}
 		m.GPU, m.Packages = gpu, append(m.Packages, own...)
-	}
-	if p.SimulatedGPU != "" {
-		if m.GPU, err = putSimulatedGPU(p.SimulatedGPU, dir, put); err != nil {
-			return nil, fmt.Errorf("simulated GPUs: %w", err)
-		}
 	}
 	packed, err := packPrograms(ctx, filepath.Join(dir, programDir))
 	if err != nil {

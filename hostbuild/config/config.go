@@ -41,6 +41,7 @@ type Config struct {
 	Workload    guestconfig.Workload // without image and profile
 	Profile     string               // name of a workload profile, "" to choose by what the CVM runs
 	Peers       guestconfig.Peers
+	ACPITables  []string // signatures that the host may give besides q35's own
 	API         guestconfig.API
 	GPU         *GPU // nil: no GPUs
 
@@ -78,6 +79,28 @@ func Parse(file string, data []byte) (*Config, error) {
 		return nil, err
 	}
 	return build(doc, m)
+}
+
+// everything holds what further keys are asked for beside, in, or in each of.
+const everything = `
+user_config: {any: /}
+user_config_integrity: {required: [any]}
+hosts_entries: {any: ""}
+host_entries: {any: ""}
+network: {address: "", gateway: any}
+workload: {env: {any: ""}}
+peers: {min_tcb: {Turin: {fmc: 0}}}
+cc_issuers: [{id: any}]
+`
+
+// Keys lists all keys of a CONFIG.yaml.
+func Keys() []*yamlcheck.Key {
+	doc, m, err := yamlcheck.Parse("", []byte(everything))
+	if err != nil {
+		panic(err) // of a constant
+	}
+	_, _ = build(doc, m) // what is wrong with the values does not matter
+	return doc.Asked()
 }
 
 func build(doc *yamlcheck.Doc, m *yamlcheck.Map) (*Config, error) {
@@ -120,6 +143,12 @@ func build(doc *yamlcheck.Doc, m *yamlcheck.Map) (*Config, error) {
 	}
 	workload(c, m.Map("workload"))
 	c.Peers = peers(m.Map("peers"))
+	c.ACPITables = m.Strings("acpi_tables")
+	for i, t := range c.ACPITables {
+		if !guestconfig.ValidACPITable(t) {
+			m.FaultItemf("acpi_tables", i, "%q is not the signature of an ACPI table, four capital letters such as SSDT", t)
+		}
+	}
 	c.API.KDS = m.String("kds_url", "")
 	if !m.Has("kds_url") && slices.Contains(c.Network.AllowedOutPorts, guestconfig.Port{Port: 443, Proto: "tcp"}) {
 		c.API.KDS = amdKDS
@@ -310,11 +339,12 @@ const amdKDS = "https://kdsintf.amd.com"
 func workload(c *Config, m *yamlcheck.Map) {
 	defer m.Finish()
 	w := guestconfig.Workload{
-		Restart:   m.OneOf("restart", guestconfig.RestartNever, guestconfig.RestartNever, guestconfig.RestartOnFailure, guestconfig.RestartAlways),
-		Args:      m.Strings("args"),
-		MemoryMiB: m.Int("memory_mib", 0, 0, 16<<20),
-		PidsMax:   m.Int("pids_max", 4096, 16, 1<<22),
-		TmpMiB:    m.Int("tmp_mib", 256, 1, 1<<20),
+		Restart:    m.OneOf("restart", guestconfig.RestartNever, guestconfig.RestartNever, guestconfig.RestartOnFailure, guestconfig.RestartAlways),
+		Args:       m.Strings("args"),
+		MemoryMiB:  m.Int("memory_mib", 0, 0, 16<<20),
+		CPUPercent: m.Int("cpu_percent", 0, 0, guestconfig.MaxCPUPercent),
+		PidsMax:    m.Int("pids_max", 4096, 16, 1<<22),
+		TmpMiB:     m.Int("tmp_mib", 256, 1, 1<<20),
 	}
 	env := m.Map("env")
 	for _, k := range env.Keys() {

@@ -30,9 +30,6 @@ const (
 // gpu reads the section gpu; nil where there are no GPUs.
 func gpu(m *yamlcheck.Map, n guestconfig.Network) *GPU {
 	mechanism := m.OneOf("cc_gpu_mechanism", "", nvidiaMechanism)
-	if !m.Has("gpu") && mechanism == "" {
-		return nil
-	}
 	g := m.Map("gpu")
 	defer g.Finish()
 	c := &GPU{Required: g.Bool("required", false), Resources: g.Strings("resources")}
@@ -51,8 +48,12 @@ func gpu(m *yamlcheck.Map, n guestconfig.Network) *GPU {
 	c.RIMService = g.String("rim_service", service)
 	c.AllowExpiredRIM, c.AllowHold = g.Bool("allow_expired_rims", false), g.Bool("allow_cert_hold", false)
 	c.OCSP = g.OneOf("ocsp", "require", "require", "allow_cached", "off")
+	age := int(g.Int("ocsp_max_age", gpuOCSPMaxAge, 1, 366*86400))
 	if c.OCSP == "allow_cached" {
-		c.OCSPMaxAge = int(g.Int("ocsp_max_age", gpuOCSPMaxAge, 1, 366*86400))
+		c.OCSPMaxAge = age
+	}
+	if mechanism == "" && !m.Has("gpu") {
+		return nil
 	}
 
 	if c.Required && !c.Trustee() {

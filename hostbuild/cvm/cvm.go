@@ -309,14 +309,6 @@ func rootFiles(b *base.Base, in inputs) []disk.File {
 		disk.File{Path: "/etc/resolv.conf", Mode: link | 0o777, Link: guestconfig.ResolvConfPath},
 		disk.File{Path: "/etc/hosts", Mode: link | 0o777, Link: guestconfig.HostsPath},
 	)
-	if b.NVIDIA != "" { // mounted at /usr
-		fs = append(fs,
-			disk.File{Path: "/usr", Mode: dir | 0o755},
-			disk.File{Path: guestconfig.NVIDIAPath, Mode: regular | 0o644, Source: b.NVIDIA},
-			disk.File{Path: "/lib", Mode: link | 0o777, Link: "usr/lib"},
-			disk.File{Path: "/lib64", Mode: link | 0o777, Link: "usr/lib64"},
-		)
-	}
 	dirs := map[string]bool{}
 	for _, name := range slices.Sorted(maps.Keys(b.Root)) {
 		for _, d := range parents(name) {
@@ -325,6 +317,14 @@ func rootFiles(b *base.Base, in inputs) []disk.File {
 			}
 		}
 		fs = append(fs, disk.File{Path: name, Mode: regular | 0o755, Source: b.Root[name]})
+	}
+	if b.NVIDIA != "" { // mounted at /usr
+		fs = append(fs,
+			disk.File{Path: "/usr", Mode: dir | 0o755},
+			disk.File{Path: guestconfig.NVIDIAPath, Mode: regular | 0o644, Source: b.NVIDIA},
+			disk.File{Path: "/lib", Mode: link | 0o777, Link: "usr/lib"},
+			disk.File{Path: "/lib64", Mode: link | 0o777, Link: "usr/lib64"},
+		)
 	}
 	return append(fs, in.gpu.files...)
 }
@@ -359,7 +359,7 @@ func guestConfig(p Params, id, ca string, b *base.Base, root *disk.Root, in inpu
 			Verity: root.Verity, Scratch: root.Scratch,
 		},
 		Network: c.Network, Attestation: c.Attestation, Workload: w, UserConfig: in.pinned, Peers: c.Peers, API: api,
-		GPU: gpuGuard(c, id, in.gpu.pins, b),
+		GPU: gpuGuard(c, id, in.gpu.pins, b), ACPITables: c.ACPITables,
 	}
 }
 

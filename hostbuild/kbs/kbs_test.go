@@ -74,6 +74,15 @@ func (l *lines) last(t testing.TB) map[string]any {
 	return m
 }
 
+// reason fails the test unless the last decision was refused for that reason.
+func (r *rig) reason(want string) {
+	r.t.Helper()
+	l := r.log.last(r.t)
+	if got, _ := l["reason"].(string); got == "" || !strings.Contains(got, want) || l["msg"] != refused && l["msg"] != denied {
+		r.t.Errorf("audit line %v, want the reason %q", l, want)
+	}
+}
+
 // clock is a time that tests move.
 type clock struct {
 	mu  sync.Mutex
@@ -474,10 +483,12 @@ func TestAttestReplay(t *testing.T) {
 		if a := r.do("POST", "/kbs/v0/attest", body, "Cookie", r.guest("sample").auth().cookie); a.status != 401 {
 			t.Errorf("the same body in another session: %d", a.status)
 		}
+		r.reason("the nonce is not this session's")
 		for _, cookie := range []string{"", cookieName + "=" + strings.Repeat("0", 32), "x=y"} {
 			if a := r.do("POST", "/kbs/v0/attest", body, "Cookie", cookie); a.status != 401 || a.errType() != "AttestationError" {
 				t.Errorf("cookie %q: %d %s", cookie, a.status, a.body)
 			}
+			r.reason("no cookie of a live session")
 		}
 		// The session's five minutes are not extended.
 		r.clock.add(sessionLife - time.Second)
@@ -499,6 +510,7 @@ func TestAttestReplay(t *testing.T) {
 		if a := r.do("GET", "/kbs/v0/resource/"+keyPath, nil, "Authorization", "Bearer "+first); a.errType() != "TokenVerifierError" {
 			t.Errorf("expired bearer token: %d %s", a.status, a.body)
 		}
+		r.reason("the token has expired")
 	})
 }
 
@@ -537,20 +549,27 @@ func TestForgedToken(t *testing.T) {
 	}
 	parts := strings.Split(good, ".")
 	none := b64.EncodeToString([]byte(`{"alg":"none"}`))
-	for name, tok := range map[string]string{
-		"self-signed": forged, "no signature": parts[0] + "." + parts[1] + ".", "alg none": none + "." + parts[1] + ".",
-		"alg none, signed": none + "." + parts[1] + "." + parts[2], "other payload": parts[0] + "." + strings.Split(forged, ".")[1] + "." + parts[2],
-		"two parts": parts[0] + "." + parts[2], "garbage": "garbage", "admin token": strings.TrimPrefix(r.adminHeader(), "Bearer "),
+	for _, tt := range []struct{ name, token, reason string }{
+		{"self-signed", forged, "the signature is not this server's"},
+		{"no signature", parts[0] + "." + parts[1] + ".", "not a token"},
+		{"alg none", none + "." + parts[1] + ".", "not a token"},
+		{"alg none, signed", none + "." + parts[1] + "." + parts[2], "not an ES256 token"},
+		{"other payload", parts[0] + "." + strings.Split(forged, ".")[1] + "." + parts[2], "the signature is not this server's"},
+		{"two parts", parts[0] + "." + parts[2], "not a token"},
+		{"garbage", "garbage", "not a token"},
+		{"admin token", strings.TrimPrefix(r.adminHeader(), "Bearer "), "not an ES256 token"},
 	} {
-		a := r.do("GET", "/kbs/v0/resource/"+keyPath, nil, "Authorization", "Bearer "+tok)
+		a := r.do("GET", "/kbs/v0/resource/"+keyPath, nil, "Authorization", "Bearer "+tt.token)
 		if a.status != 401 || a.errType() != "TokenVerifierError" {
-			t.Errorf("%s: %d %s, want TokenVerifierError", name, a.status, a.body)
+			t.Errorf("%s: %d %s, want TokenVerifierError", tt.name, a.status, a.body)
 		}
+		r.reason(tt.reason)
 	}
 	for name, h := range map[string]string{"basic": "Basic YTpi", "lower case": "bearer " + good, "empty": "Bearer "} {
 		if a := r.do("GET", "/kbs/v0/resource/"+keyPath, nil, "Authorization", h); a.errType() != "TokenNotFound" {
 			t.Errorf("%s: %d %s, want TokenNotFound", name, a.status, a.body)
 		}
+		r.reason(errTokenNotFound.Error())
 	}
 }
 
@@ -680,27 +699,28 @@ func TestAdminToken(t *testing.T) {
 		tests := []struct {
 			name, header string
 			ok           bool
+			reason       string
 		}{
-			{"good", sign(nil), true},
-			{"only exp and role", sign(map[string]any{"iat": nil, "nbf": nil}), true},
-			{"exp a little past", sign(map[string]any{"exp": now - 30}), true},
-			{"exp past", sign(map[string]any{"exp": now - 70}), false},
-			{"no exp", sign(map[string]any{"exp": nil}), false},
-			{"exp null", sign(map[string]any{"exp": json.RawMessage("null")}), false},
-			{"float times", sign(map[string]any{"exp": float64(now) + 60.5}), true},
-			{"nbf ahead", sign(map[string]any{"nbf": now + 90}), false},
-			{"iat ahead", sign(map[string]any{"iat": now + 90}), false},
-			{"nbf a little ahead", sign(map[string]any{"nbf": now + 30}), true},
-			{"no role", sign(map[string]any{"role": nil}), onlyT},
-			{"other role", sign(map[string]any{"role": "user"}), onlyT},
-			{"wrong key", "Bearer " + adminToken(t, jose.EdDSA, wrong, claims(nil)), false},
-			{"HS256 with the public key", "Bearer " + adminToken(t, jose.HS256, bytes.Repeat(pub, 2), claims(nil)), false},
-			{"alg none", "Bearer " + b64.EncodeToString([]byte(`{"alg":"none"}`)) + "." + b64.EncodeToString([]byte(`{"exp":9999999999,"role":"admin"}`)) + ".", false},
-			{"none", "", false},
-			{"basic", "Basic YTpi", false},
-			{"lower case", "b" + sign(nil)[1:], false},
-			{"garbage", "Bearer abc", false},
-			{"too long", "Bearer " + strings.Repeat("a", maxAdminToken+1), false},
+			{"good", sign(nil), true, ""},
+			{"only exp and role", sign(map[string]any{"iat": nil, "nbf": nil}), true, ""},
+			{"exp a little past", sign(map[string]any{"exp": now - 30}), true, ""},
+			{"exp past", sign(map[string]any{"exp": now - 70}), false, "the token has expired"},
+			{"no exp", sign(map[string]any{"exp": nil}), false, "the token has no exp"},
+			{"exp null", sign(map[string]any{"exp": json.RawMessage("null")}), false, "the token has no exp"},
+			{"float times", sign(map[string]any{"exp": float64(now) + 60.5}), true, ""},
+			{"nbf ahead", sign(map[string]any{"nbf": now + 90}), false, "not valid yet"},
+			{"iat ahead", sign(map[string]any{"iat": now + 90}), false, "from the future"},
+			{"nbf a little ahead", sign(map[string]any{"nbf": now + 30}), true, ""},
+			{"no role", sign(map[string]any{"role": nil}), onlyT, "missing the claim"},
+			{"other role", sign(map[string]any{"role": "user"}), onlyT, "role \"user\" is not allowed"},
+			{"wrong key", "Bearer " + adminToken(t, jose.EdDSA, wrong, claims(nil)), false, "error in cryptographic primitive"},
+			{"HS256 with the public key", "Bearer " + adminToken(t, jose.HS256, bytes.Repeat(pub, 2), claims(nil)), false, "signature algorithm"},
+			{"alg none", "Bearer " + b64.EncodeToString([]byte(`{"alg":"none"}`)) + "." + b64.EncodeToString([]byte(`{"exp":9999999999,"role":"admin"}`)) + ".", false, "signature algorithm"},
+			{"none", "", false, "Failed to parse HTTP Auth Bearer header"},
+			{"basic", "Basic YTpi", false, "Failed to parse HTTP Auth Bearer header"},
+			{"lower case", "b" + sign(nil)[1:], false, "Failed to parse HTTP Auth Bearer header"},
+			{"garbage", "Bearer abc", false, "compact JWS"},
+			{"too long", "Bearer " + strings.Repeat("a", maxAdminToken+1), false, "too long"},
 		}
 		for _, tt := range tests {
 			t.Run(tt.name, func(t *testing.T) {
@@ -708,6 +728,9 @@ func TestAdminToken(t *testing.T) {
 				want := map[Dialect]string{DialectT: "AdminAuth", DialectH: "AdminAuthInitialization"}[d]
 				if tt.ok && a.status != 200 || !tt.ok && (a.status != 401 || a.errType() != want) {
 					t.Errorf("%d %s, want ok %v", a.status, a.body, tt.ok)
+				}
+				if !tt.ok {
+					r.reason(tt.reason)
 				}
 			})
 		}
@@ -739,8 +762,17 @@ func TestResourcePaths(t *testing.T) {
 			if a.status != 401 || a.errType() != "PluginInternalError" && !(d == DialectT && a.errType() == "PolicyEngine") {
 				t.Errorf("GET %q: %d %s", p, a.status, a.body)
 			}
+			switch {
+			case a.errType() == "PolicyEngine":
+				r.reason("illegal character")
+			case !strings.Contains(p, "xxx"): // too long a name is the file system's word
+				r.reason("is not <repository>/<type>/<tag>")
+			}
 			if a := r.asAdmin("POST", "/kbs/v0/resource/"+p, []byte("x")); a.status != 401 || a.errType() != "PluginInternalError" {
 				t.Errorf("POST %q: %d %s", p, a.status, a.body)
+			}
+			if !strings.Contains(p, "xxx") {
+				r.reason("is not <repository>/<type>/<tag>")
 			}
 		}
 		if _, err := os.Lstat(outside); err == nil {
@@ -749,6 +781,7 @@ func TestResourcePaths(t *testing.T) {
 		if a := g.get("keys/root/nothere"); a.errType() != "PluginInternalError" {
 			t.Errorf("missing resource: %d %s", a.status, a.body)
 		}
+		r.reason("no such file")
 		if a := g.get("keys/root/on%65?x=1"); a.status != 200 {
 			t.Errorf("escaped letter and query: %d %s", a.status, a.body)
 		}
@@ -1040,6 +1073,61 @@ func TestParallelAttests(t *testing.T) {
 	wg.Wait()
 	if !strings.HasPrefix(tokens[0], `{"token":"`) || len(slices.Compact(tokens)) != 1 {
 		t.Errorf("different answers: %.80s", tokens)
+	}
+}
+
+// TestConcurrentWrites: of writes at the same time one wins whole, and reference
+// values lose none.
+func TestConcurrentWrites(t *testing.T) {
+	r := ready(t, DialectT)
+	g := r.guest("sample")
+	g.attested()
+	const writers, rounds = 8, 5
+	text := func(writer int) string { return strings.Repeat(fmt.Sprint(writer), 10000) }
+	rego := func(writer int) string { return allowAll + "# " + text(writer) + "\n" }
+	whole := func(what, got string, of func(int) string) {
+		for writer := range writers {
+			if got == of(writer) {
+				return
+			}
+		}
+		t.Errorf("%s is none of what was written: %.80q", what, got)
+	}
+	r.setPolicy(rego(0))
+	r.mustAdmin("POST", "/kbs/v0/resource/a/b/c", []byte(text(0)))
+	admin := r.adminHeader()
+	var wg sync.WaitGroup
+	for writer := range writers {
+		wg.Go(func() {
+			for round := range rounds {
+				for path, body := range map[string][]byte{
+					"resource/a/b/c":  []byte(text(writer)),
+					"resource-policy": policyBody(rego(writer)),
+					"reference-value": []byte(`{"version":"0.1.0","type":"sample","payload":"` +
+						base64.StdEncoding.EncodeToString(fmt.Appendf(nil, `{"of-%d-%d":true}`, writer, round)) + `"}`),
+				} {
+					if a := r.do("POST", "/kbs/v0/"+path, body, "Authorization", admin); a.status != 200 {
+						t.Errorf("%s: %d %s", path, a.status, a.body)
+					}
+				}
+				a := g.get("a/b/c")
+				if a.status != 200 {
+					t.Errorf("read among writes: %d %s", a.status, a.body)
+					continue
+				}
+				whole("the resource", decrypt(t, a.body, g.key), text)
+			}
+		})
+	}
+	wg.Wait()
+	policy, err := b64.DecodeString(string(r.mustAdmin("GET", "/kbs/v0/resource-policy", nil).body))
+	if err != nil {
+		t.Fatal(err)
+	}
+	whole("the policy", string(policy), rego)
+	var values map[string]any
+	if err := json.Unmarshal(r.mustAdmin("GET", "/kbs/v0/reference-value", nil).body, &values); err != nil || len(values) != writers*rounds {
+		t.Errorf("%d reference values, %v; want %d", len(values), err, writers*rounds)
 	}
 }
 

@@ -141,7 +141,7 @@ func checkSNPClaims(t *testing.T, d Dialect, token string, chip *simsnp.Chip) {
 func TestSNPRefuses(t *testing.T) {
 	chip, stranger := newChip(t, simsnp.Params{}), newChip(t, simsnp.Params{})
 	vlek := newChip(t, simsnp.Params{VLEK: true})
-	r := newRig(t, Options{Dialect: DialectT, AllowSimulated: true, SimulatedRoots: chip.RootsPEM()})
+	r := newRig(t, Options{Dialect: DialectT, AllowSimulated: true, SimulatedRoots: append(chip.RootsPEM(), vlek.RootsPEM()...)})
 	r.setPolicy(allowAll)
 	tests := []struct {
 		name     string
@@ -150,7 +150,7 @@ func TestSNPRefuses(t *testing.T) {
 	}{
 		{"another chip's chain", func(g *guest) json.RawMessage { return g.evidence(stranger, stranger.Certs(), nil) }, "chain"},
 		{"another chip's report", func(g *guest) json.RawMessage { return g.evidence(stranger, chip.Certs(), nil) }, "signature"},
-		{"VLEK", func(g *guest) json.RawMessage { return g.evidence(vlek, vlek.Certs(), nil) }, ""},
+		{"VLEK", func(g *guest) json.RawMessage { return g.evidence(vlek, vlek.Certs(), nil) }, "VLEK"},
 		{"no certificates", func(g *guest) json.RawMessage { return g.evidence(chip, nil, nil) }, "no VCEK in the evidence"},
 		{"VMPL 1", func(g *guest) json.RawMessage {
 			return g.evidence(chip, chip.Certs(), func(r *snp.Report) { r.VMPL = 1 })
@@ -173,7 +173,7 @@ func TestSNPRefuses(t *testing.T) {
 		{"version 5 at T", func(g *guest) json.RawMessage {
 			return g.evidence(chip, chip.Certs(), func(r *snp.Report) { r.Version = 5 })
 		}, "version"},
-		{"sample evidence in an snp session", func(g *guest) json.RawMessage { return sampleEvidence(g.digest()) }, ""},
+		{"sample evidence in an snp session", func(g *guest) json.RawMessage { return sampleEvidence(g.digest()) }, "attestation_report"},
 		{"flipped bit", func(g *guest) json.RawMessage {
 			return bytes.Replace(g.evidence(chip, chip.Certs(), nil), []byte(`"measurement":[165`), []byte(`"measurement":[164`), 1)
 		}, "signature"},

@@ -23,8 +23,6 @@ var sysctls = [...]struct{ name, value string }{
 	{"kernel/yama/ptrace_scope", "2"},
 }
 
-const noModules = "kernel/modules_disabled"
-
 func (g *guest) modules(ctx context.Context) error {
 	text, err := g.ReadFile(loadListPath, 64<<10)
 	if err != nil {
@@ -34,6 +32,7 @@ func (g *guest) modules(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("%s: %w", loadListPath, err)
 	}
+	loaded := 0
 	for _, m := range list {
 		if !g.wants(m.feature) {
 			continue
@@ -46,7 +45,9 @@ func (g *guest) modules(ctx context.Context) error {
 				return fmt.Errorf("load %s: %w", m.path, err)
 			}
 			g.log.Printf("coffer: module %s not loaded: %v", path.Base(m.path), err)
+			continue
 		}
+		loaded++
 	}
 	if err := g.MountTSM(); err != nil {
 		return err
@@ -56,10 +57,28 @@ func (g *guest) modules(ctx context.Context) error {
 			return err
 		}
 	}
+	g.log.Printf("coffer: modules=%d", loaded)
 	if g.wants(guestconfig.FeatureGPU) { // see driver
 		return nil
 	}
-	return g.Sysctl(noModules, "1")
+	return g.lock()
+}
+
+// lock sees to it that nothing unsigned and no module follows. Most guests' measured
+// command line asks for the lockdown; a kernel may not know the word.
+func (g *guest) lock() error {
+	mode, err := g.Lockdown()
+	if err != nil {
+		return err
+	}
+	if mode != "integrity" && mode != "confidentiality" {
+		return fmt.Errorf("the kernel's lockdown is %q, not integrity", mode)
+	}
+	if err := g.Sysctl("kernel/modules_disabled", "1"); err != nil {
+		return err
+	}
+	g.log.Printf("coffer: modules_disabled=1 lockdown=%s", mode)
+	return nil
 }
 
 // wants reports whether the guest loads the modules of a feature. One whose config
@@ -93,10 +112,7 @@ func (g *guest) driver(ctx context.Context) error {
 			return err
 		}
 	}
-	if err := g.Lockdown(); err != nil {
-		return fmt.Errorf("lock the kernel down: %w", err)
-	}
-	return g.Sysctl(noModules, "1")
+	return g.lock()
 }
 
 func (g *guest) loadDriver(ctx context.Context, text string) error {
@@ -127,11 +143,12 @@ func (g *guest) loadDriver(ctx context.Context, text string) error {
 func (g *guest) tellDriver() {
 	const mark, most = "NVRM:", 10
 	var said []string
-	for line := range strings.Lines(g.KernelLog()) {
-		if i := strings.Index(line, mark); i >= 0 {
-			said = append(said, strings.TrimSpace(line[i:]))
+	_ = g.KernelLog(func(record string) { // the failure to load is what counts
+		if i := strings.Index(record, mark); i >= 0 {
+			line, _, _ := strings.Cut(record[i:], "\n")
+			said = append(said, line)
 		}
-	}
+	})
 	for _, line := range said[max(0, len(said)-most):] {
 		g.log.Printf("coffer: kernel: %s", line)
 	}

@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/anatol/devmapper.go"
@@ -33,6 +34,7 @@ func System() Deps {
 		WriteFile:  writeFile,
 		Now:        time.Now,
 		SetClock:   setClock,
+		ACPITables: acpiTablesOfKernel,
 		LoadModule: loadModule,
 		MountTSM:   mountTSM,
 		Sysctl:     sysctl,
@@ -41,7 +43,7 @@ func System() Deps {
 		Evidence:   evidence.Open,
 		Firewall:   firewall.Apply,
 		Network:    netup.Configure,
-		Lookup:     lookup,
+		Lookup:     netup.Lookup,
 		FetchKey:   fetchKey,
 		OpenDisk:   openDisk,
 		OpenVerity: openVerity,
@@ -69,6 +71,10 @@ func mountEarly() error {
 		if err := mountAt(m.fs, m.fs, m.at, m.flags, m.data); err != nil {
 			return err
 		}
+	}
+	// No core dump of a program that holds the key.
+	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}); err != nil {
+		return fmt.Errorf("limit core: %w", err)
 	}
 	// Our own resolver reads the files that the agent will be left with.
 	if err := os.MkdirAll("/etc", 0o755); err != nil {
@@ -151,8 +157,10 @@ func loadModule(path, params string) error {
 	return nil
 }
 
-func sysctl(name, value string) error {
-	f, err := os.OpenFile("/proc/sys/"+name, os.O_WRONLY, 0)
+func sysctl(name, value string) error { return writeExisting("/proc/sys/"+name, value) }
+
+func writeExisting(path, value string) error {
+	f, err := os.OpenFile(path, os.O_WRONLY, 0)
 	if err != nil {
 		return err
 	}
@@ -160,36 +168,26 @@ func sysctl(name, value string) error {
 	return errors.Join(err, f.Close())
 }
 
-// lockdown keeps even root from the kernel's memory and from unsigned code.
-func lockdown() error {
-	const at = "/sys/kernel/security"
-	if err := unix.Mount("securityfs", at, "securityfs", unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil {
-		return fmt.Errorf("mount securityfs: %w", err)
+// lockdown keeps even root from the kernel's memory and from unsigned code. The
+// kernel names its modes so: "none [integrity] confidentiality".
+func lockdown() (mode string, err error) {
+	const dir, file = "/sys/kernel/security", "/sys/kernel/security/lockdown"
+	if err := mountAt("securityfs", "securityfs", dir, unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil {
+		return "", err
 	}
-	f, err := os.OpenFile(at+"/lockdown", os.O_WRONLY, 0)
-	if err == nil {
-		_, err = f.WriteString("integrity")
-		err = errors.Join(err, f.Close())
+	defer func() { err = errors.Join(err, unix.Unmount(dir, 0)) }()
+	text, err := readFile(file, 256)
+	if err == nil && strings.HasPrefix(string(text), "[none]") {
+		if err = writeExisting(file, "integrity"); err == nil {
+			text, err = readFile(file, 256)
+		}
 	}
-	return errors.Join(err, unix.Unmount(at, 0))
-}
-
-// kernelLog is as much of the kernel's log as it keeps, or nothing.
-func kernelLog() string {
-	const readAll = 3 // SYSLOG_ACTION_READ_ALL
-	b := make([]byte, 256<<10)
-	n, err := unix.Klogctl(readAll, b)
 	if err != nil {
-		return ""
+		return "", fmt.Errorf("the kernel's lockdown: %w", err)
 	}
-	return string(b[:n])
-}
-
-func lookup(ctx context.Context, host string) ([]netip.Addr, error) {
-	if a, err := netip.ParseAddr(host); err == nil {
-		return []netip.Addr{a}, nil
-	}
-	return net.DefaultResolver.LookupNetIP(ctx, "ip", host)
+	_, rest, _ := strings.Cut(string(text), "[")
+	mode, _, _ = strings.Cut(rest, "]")
+	return mode, nil
 }
 
 func fetchKey(ctx context.Context, kbs guestconfig.KBS, peers []netip.AddrPort, a kbsclient.Attester) ([]byte, error) {

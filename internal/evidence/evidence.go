@@ -32,6 +32,11 @@ var (
 	ErrPlatform = errors.New("this build has no evidence source for the platform")
 	// ErrNoReport is returned by Report where the TEE has no hardware report.
 	ErrNoReport = errors.New("the sample TEE has no attestation report")
+	// ErrNoDevice means that the platform's device is not there, or no more.
+	ErrNoDevice = errors.New("no attestation device")
+	// ErrKeyDisabled means that the kernel has given up the guest's key to the
+	// firmware for good, to keep it from being used twice.
+	ErrKeyDisabled = errors.New("the guest's key to the firmware (VMPCK) is disabled until it is started anew")
 	// ErrReport is wrapped by the error about a report that is not an answer
 	// to the request.
 	ErrReport = errors.New("attestation report does not answer the request")

@@ -94,6 +94,9 @@ type Config struct {
 	Peers       Peers       `json:"peers,omitzero"`
 	API         API         `json:"api,omitzero"`
 	GPU         *GPU        `json:"gpu,omitempty"`
+	// ACPITables are signatures of tables that the host may give, besides those
+	// that every q35 machine has.
+	ACPITables []string `json:"acpi_tables,omitempty"`
 }
 
 // Peers is what the workload's snpguest accepts of other CVMs' reports, beyond
@@ -187,16 +190,20 @@ type Attestation struct {
 
 // Workload is how the container runs.
 type Workload struct {
-	ImageName   string   `json:"image_name"`     // name of the image in ImageMetaPath's index
-	ImageDigest string   `json:"image_digest"`   // sha256:<hex> of the manifest
-	Args        []string `json:"args,omitempty"` // replaces the image's Cmd, not its entry point
-	Env         []string `json:"env,omitempty"`  // added to the image's, NAME=value
-	MemoryMiB   int64    `json:"memory_mib"`     // 0: no limit of its own
+	ImageName   string   `json:"image_name"`            // name of the image in ImageMetaPath's index
+	ImageDigest string   `json:"image_digest"`          // sha256:<hex> of the manifest
+	Args        []string `json:"args,omitempty"`        // replaces the image's Cmd, not its entry point
+	Env         []string `json:"env,omitempty"`         // added to the image's, NAME=value
+	MemoryMiB   int64    `json:"memory_mib"`            // 0: no limit of its own
+	CPUPercent  int64    `json:"cpu_percent,omitempty"` // of one vCPU; 0: no limit of its own
 	PidsMax     int64    `json:"pids_max"`
 	TmpMiB      int64    `json:"tmp_mib"`           // size of /tmp, in RAM
 	Restart     string   `json:"restart,omitempty"` // RestartNever where it is ""
 	Profile     Profile  `json:"profile,omitzero"`
 }
+
+// MaxCPUPercent is 512 vCPUs.
+const MaxCPUPercent = 51200
 
 // What happens when the workload ends by itself.
 const (
@@ -339,6 +346,7 @@ var (
 	cvmID    = regexp.MustCompile(`^cvm_[0-9a-f]{12}$`)
 	resource = regexp.MustCompile(`^[a-zA-Z0-9_-][a-zA-Z0-9_.-]*/[a-zA-Z0-9_-][a-zA-Z0-9_.-]*/[a-zA-Z0-9_-][a-zA-Z0-9_.-]*$`)
 	digest   = regexp.MustCompile(`^sha256:[0-9a-f]{64}$`)
+	acpiName = regexp.MustCompile(`^[A-Z0-9_]{4}$`)
 	hostName = regexp.MustCompile(`^[a-zA-Z0-9]([a-zA-Z0-9._-]{0,252})$`)
 )
 
@@ -384,6 +392,9 @@ func (p Profile) faults() (faults []string) {
 
 // ValidCVMID reports whether id has the form cvm_<12 lower-case hex>.
 func ValidCVMID(id string) bool { return cvmID.MatchString(id) }
+
+// ValidACPITable reports whether name is the signature of an ACPI table.
+func ValidACPITable(name string) bool { return acpiName.MatchString(name) }
 
 // ValidHostName reports whether name can stand in /etc/hosts.
 func ValidHostName(name string) bool { return hostName.MatchString(name) }
@@ -485,11 +496,15 @@ func (c *Config) Validate() error {
 		check(resource.MatchString(r), "api.resources: %q is not repository/type/tag", r)
 		check(path.Dir(r) != path.Dir(c.KBS.KeyPath) && r != c.KBS.CanaryPath, "api.resources: %q: the workload gets no disk's key and no canary", r)
 	}
+	for _, t := range c.ACPITables {
+		check(ValidACPITable(t), "acpi_tables: %q is not a table's signature", t)
+	}
 	if c.API.KDS != "" {
 		u, err := url.Parse(c.API.KDS)
 		check(err == nil && u.Scheme == "https" && u.Host != "" && u.User == nil && u.Path == "" && u.RawQuery == "", "api.kds %q is not https://host", c.API.KDS)
 	}
-	check(w.MemoryMiB >= 0 && w.PidsMax > 0 && w.TmpMiB > 0, "workload: memory_mib, pids_max or tmp_mib is out of range")
+	check(w.MemoryMiB >= 0 && w.CPUPercent >= 0 && w.CPUPercent <= MaxCPUPercent && w.PidsMax > 0 && w.TmpMiB > 0,
+		"workload: memory_mib, cpu_percent, pids_max or tmp_mib is out of range")
 
 	uc := &c.UserConfig
 	switch uc.Integrity {

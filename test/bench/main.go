@@ -39,7 +39,7 @@ func main() {
 	bin := flag.String("bin", "bin", "folder of the built programs")
 	base := flag.String("base", "build/base/simulated", "a simulated guest base")
 	runs := flag.Int("runs", 3, "runs of each figure; the median counts")
-	only := flag.String("only", "", "figures of one part: kbs or build")
+	only := flag.String("only", "", "figures of one part: kbs, gpu or build")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
@@ -73,6 +73,11 @@ func run(ctx context.Context, bin, base string, runs int, only string) error {
 		return err
 	}
 	env := &harness.Env{Bin: bin, Base: base, Dir: dir, Log: io.Discard}
+	if only == "" || only == "gpu" {
+		if err := gpuFigures(env); err != nil || only == "gpu" {
+			return err
+		}
+	}
 	if only != "build" {
 		if err := kbsbench.Run(ctx, env, figure); err != nil || only == "kbs" {
 			return err
