@@ -24,7 +24,7 @@ SOURCES := go.mod go.sum $(shell find agent cmd hostbuild images initramfs inter
 
 PREFIX ?= /usr/local
 
-.PHONY: all deps base install test test-guest test-gpu test-e2e test-oracles bench demo regorus fuzz lint clean test-nvflare test-trustee soak test-gpu-hw
+.PHONY: all deps base install test test-guest test-gpu test-nvidia test-e2e test-oracles bench demo regorus fuzz lint clean test-nvflare test-trustee soak test-gpu-hw
 .DELETE_ON_ERROR:
 
 all: $(MAINS) $(GUEST) bin/init-simulated bin/agent-simulated bin/snpguest-simulated bin/cvm_build bin/demo-workload bin/bench-idle bin/gpu-helper
@@ -71,7 +71,7 @@ install: bin/hostbuild bin/kbs-client
 	install -D -t $(DESTDIR)$(PREFIX)/bin bin/hostbuild bin/kbs-client
 	ln -sf hostbuild $(DESTDIR)$(PREFIX)/bin/cvm_build
 
-test test-gpu test-e2e bench: DEPS += $(TEST_DEPS)
+test test-gpu test-nvidia test-e2e bench: DEPS += $(TEST_DEPS)
 
 # Units first; then the scenarios alone, since they time what QEMU does.
 test: all base deps
@@ -83,6 +83,9 @@ test-guest: all base deps
 	$(GO) test -count=1 -timeout 40m -v -run ^TestGuest ./test/scenarios
 test-gpu: all base deps
 	$(GO) test -count=1 -timeout 40m -v -run ^TestGPUs ./test/scenarios
+# NVIDIA's kernel modules, built and loaded; downloads 190 MB once, builds for minutes.
+test-nvidia: all base deps
+	COFFER_TEST_NVIDIA=1 $(GO) test -count=1 -timeout 90m -v -run ^TestNVIDIA ./test/scenarios
 test-e2e: all base deps
 	$(GO) test -count=1 -timeout 30m -v ./test/e2e
 # Against a Trustee of one's own that takes sample evidence: KBS_URL, KBS_CA,
