@@ -99,11 +99,13 @@ deb:
 	' The guest base (kernel, firmware, guest programs) is part of the package.' >build/deb/DEBIAN/control
 	chmod -R u+rwX,go+rX,go-w build/deb
 	dpkg-deb --root-owner-group -Zzstd -b build/deb $(DEB)
-# What is in the package, and that it works in a fresh root of SUITE.
+# What is in the package, and that it works in a fresh root of SUITE: of this machine's
+# archive, or of SOURCE, a line of sources.list (for Ubuntu, with ubuntu-keyring installed).
 SUITE ?= bookworm
+SOURCE ?=
 test-deb: DEPS += mmdebstrap
 test-deb: deb | deps
-	COFFER_DEB=$(CURDIR)/$(DEB) COFFER_SUITE=$(SUITE) $(GO) test -count=1 -timeout 10m -v ./test/install
+	COFFER_DEB=$(CURDIR)/$(DEB) COFFER_SUITE=$(SUITE) COFFER_SOURCE='$(SOURCE)' $(GO) test -count=1 -timeout 10m -v ./test/install
 
 test test-gpu test-nvidia test-e2e bench: DEPS += $(TEST_DEPS)
 
