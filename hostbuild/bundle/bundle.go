@@ -137,6 +137,8 @@ func Cmdline(platform, cvmID string) string {
 		" cryptomgr.notests=1 module.sig_enforce=1 lockdown=integrity"
 	if platform == guestconfig.PlatformSNP {
 		words += " tsc=reliable clocksource=tsc no-kvmclock"
+	} else { // QEMU 7.2 under TCG corrupts flags around the kernel's cmpxchg16b
+		words += " clearcpuid=cx16"
 	}
 	return words + " vm_id=" + cvmID
 }
