@@ -107,6 +107,11 @@ func Build(ctx context.Context, p Params) (*Result, error) {
 	}
 	defer w.close()
 	store, warnings := openCache(s)
+	if in.kit != nil {
+		if shut := in.kit.ShutPort(p.Config.Network.AllowedPorts, p.Config.Network.AllowedOutPorts); shut != "" {
+			warnings = append(warnings, shut)
+		}
+	}
 
 	key, err := newPassphrase(p.rand)
 	if err != nil {
