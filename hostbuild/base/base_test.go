@@ -130,7 +130,7 @@ func params(t *testing.T) Params {
 		"usr/lib/modules/" + testKernel + "/kernel/fs/unused.ko": ko("depends=\x00"),
 	}
 	// What either platform wants; the kernel may have more.
-	for _, name := range slices.Concat(image.ModuleNames(PlatformSNP, ""), image.ModuleNames(PlatformSimulated, ""), image.ModuleNames(PlatformSNP, "nfs")) {
+	for _, name := range slices.Concat(image.ModuleNames(PlatformSNP, ""), image.ModuleNames(PlatformSimulated, "gpu"), image.ModuleNames(PlatformSNP, "nfs")) {
 		name = strings.TrimPrefix(name, modules.OptionalMark)
 		kernel["usr/lib/modules/"+testKernel+"/kernel/"+name+".ko"] = ko("name=" + name + "\x00depends=\x00")
 	}
