@@ -36,6 +36,7 @@ import (
 	"coffer/agent/drives"
 	"coffer/agent/gpus"
 	"coffer/agent/nfs"
+	"coffer/agent/nvidia"
 	"coffer/agent/profile"
 	"coffer/agent/workload"
 	"coffer/internal/boot"
@@ -77,6 +78,7 @@ type Deps struct {
 	KBS        func(cfg guestconfig.KBS, dial Dial) (KBS, error)
 	StartChild func(*exec.Cmd) (wait func() error, err error)
 	GPUs       func(c *guestconfig.GPU, run string, start func(*exec.Cmd) (func() error, error), printf func(string, ...any)) (*gpus.Guard, error)
+	NVIDIA     nvidia.Driver        // the GPUs' kernel driver; the zero value is none
 	Now        func() time.Duration // since the kernel's start, suspended time included
 	Stop       <-chan string        // someone asks for an orderly stop, and why
 	// PowerOff powers the machine off at once. It does not return.
@@ -467,6 +469,7 @@ func (a *agent) container(ctx context.Context) error {
 		RuncRoot:   filepath.Join(p.Run, "runc"),
 		Stdout:     a.logs.stream(a.output, first),
 		Stderr:     a.logs.stream(a.output, first),
+		Devices:    a.gpuAccess(),
 	})
 	if err != nil {
 		return boot.Fail(boot.CodeWorkload, err)

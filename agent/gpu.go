@@ -14,6 +14,8 @@ import (
 	"path/filepath"
 	"time"
 
+	"github.com/containerd/containerd/v2/pkg/oci"
+
 	"coffer/agent/gpus"
 	"coffer/agent/vault"
 	"coffer/internal/gpu"
@@ -111,10 +113,22 @@ func gpuTime(n int) time.Duration {
 
 // gpuDevices makes the GPUs ready to be asked.
 func (a *agent) gpuDevices(ctx context.Context) error {
-	if a.verifier.gpus != nil {
-		a.verifier.gpus.Prepare(ctx)
+	if a.verifier.gpus == nil {
+		return nil
 	}
+	if err := a.NVIDIA.MakeNodes(); err != nil {
+		return err
+	}
+	a.verifier.gpus.Prepare(ctx)
 	return nil
+}
+
+// gpuAccess gives the container GPUs where the guest has any.
+func (a *agent) gpuAccess() oci.SpecOpts {
+	if a.verifier.gpus == nil {
+		return nil
+	}
+	return a.NVIDIA.Inject
 }
 
 // disableGPUs is the failure action of that name.

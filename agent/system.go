@@ -17,6 +17,7 @@ import (
 
 	"coffer/agent/drives"
 	"coffer/agent/nfs"
+	"coffer/agent/nvidia"
 	"coffer/agent/vault"
 	"coffer/internal/boot"
 	"coffer/internal/evidence"
@@ -53,6 +54,7 @@ func System(flush func()) Deps {
 		KBS:        newKBS,
 		StartChild: startChild,
 		GPUs:       newGPUs,
+		NVIDIA:     nvidia.System(),
 		Now:        boot.SinceKernelStart,
 		Stop:       stopRequests(),
 		PowerOff: func() {

@@ -168,8 +168,9 @@ type record struct {
 	LaunchDigest string `json:"launch_digest"`
 	Simulated    bool   `json:"simulated"`
 
-	// RSS is the resident memory of agent, containerd and shim.
+	// Resident memory of agent, containerd and shim, and their processor time so far.
 	RSS map[string]int64 `json:"rss_kib"`
+	CPU map[string]int64 `json:"cpu_ms"`
 }
 
 // report writes a round to the console and to its log.
@@ -179,6 +180,7 @@ func (a *agent) report(r attest.Result) {
 		line += " code=" + r.Code
 	}
 	a.log.Printf("%s", line)
+	u := readUsage("/proc")
 	b, err := json.Marshal(record{
 		Time:         time.Now().UTC().Format(time.RFC3339Nano),
 		Seq:          r.Seq,
@@ -188,10 +190,11 @@ func (a *agent) report(r attest.Result) {
 		DurationMS:   r.Duration.Milliseconds(),
 		LaunchDigest: a.handover.LaunchDigest,
 		Simulated:    a.verifier.source.Simulated(),
-		RSS:          resident("/proc"),
+		RSS:          u.rss,
+		CPU:          u.cpu,
 	})
 	if err == nil {
 		a.logs.attestation.Write(append(b, '\n'))
-		a.services.api.SetRound(b, r.Verdict == attest.Pass, a.verifier.token)
+		a.services.api.SetRound(b, r.Verdict.String(), a.verifier.token)
 	}
 }

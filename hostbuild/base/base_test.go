@@ -3,7 +3,6 @@ package base
 import (
 	"archive/tar"
 	"bytes"
-	"compress/gzip"
 	"debug/elf"
 	"encoding/binary"
 	"encoding/json"
@@ -23,6 +22,7 @@ import (
 	"coffer/initramfs/modules"
 	"coffer/internal/measure"
 	"coffer/internal/testenv"
+	"coffer/test/fakebase"
 
 	"github.com/klauspost/compress/zstd"
 	"github.com/u-root/mkuimage/cpio"
@@ -87,34 +87,6 @@ func goProgram(t *testing.T, tags string) string {
 	return program
 }
 
-// firmware is the small one of package measure's vectors.
-func firmware(t *testing.T) string {
-	t.Helper()
-	text, err := os.ReadFile("../../internal/measure/testdata/vectors.json")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var v struct {
-		Inputs struct {
-			Synthetic struct {
-				OVMF []byte `json:"ovmf_base64_gz"`
-			}
-		}
-	}
-	if err := json.Unmarshal(text, &v); err != nil {
-		t.Fatal(err)
-	}
-	z, err := gzip.NewReader(bytes.NewReader(v.Inputs.Synthetic.OVMF))
-	if err != nil {
-		t.Fatal(err)
-	}
-	image, err := io.ReadAll(z)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return string(image)
-}
-
 // params is a base of made-up packages that lie in the cache, so that no
 // network is needed.
 func params(t *testing.T) Params {
@@ -136,7 +108,7 @@ func params(t *testing.T) Params {
 	}
 	l := lock{Version: manifestVersion, Packages: []Package{
 		deb(t, cache, roleKernel, "linux-image-test", kernel),
-		deb(t, cache, roleFirmware, "ovmf-amdsev", map[string]string{image.Firmware.File: firmware(t), "usr/share/ovmf/other.fd": "x"}),
+		deb(t, cache, roleFirmware, "ovmf-amdsev", map[string]string{image.Firmware.File: string(fakebase.OVMF(t)), "usr/share/ovmf/other.fd": "x"}),
 		deb(t, cache, roleCA, "ca-certificates", map[string]string{
 			image.CA.File + "/B.crt": "cert B\n", image.CA.File + "/A.crt": "cert A", image.CA.File + "/README": "no"}),
 	}}
@@ -175,7 +147,7 @@ func TestBuild(t *testing.T) {
 	if b.Platform != PlatformSNP || b.KernelVersion != testKernel || b.Image != "cpu" {
 		t.Errorf("platform %q, kernel %q, image %q", b.Platform, b.KernelVersion, b.Image)
 	}
-	for path, want := range map[string]string{b.Kernel: "the kernel", b.OVMF: firmware(t), b.CACerts: "cert A\ncert B\n"} {
+	for path, want := range map[string]string{b.Kernel: "the kernel", b.OVMF: string(fakebase.OVMF(t)), b.CACerts: "cert A\ncert B\n"} {
 		if got, err := os.ReadFile(path); err != nil || string(got) != want {
 			t.Errorf("%s: %q, %v; want %q", path, got, err, want)
 		}
@@ -227,7 +199,7 @@ func TestBuild(t *testing.T) {
 func TestFirmware(t *testing.T) {
 	p := params(t)
 	fit := filepath.Join(t.TempDir(), "fit.fd")
-	other := []byte(firmware(t))
+	other := fakebase.OVMF(t)
 	other[0] ^= 1
 	plain := bytes.Replace(other, []byte{0x1f, 0x37, 0x55, 0x72}, make([]byte, 4), 1) // the start of the hash table's GUID
 	unfit := filepath.Join(t.TempDir(), "OVMF.fd")

@@ -89,6 +89,9 @@ func Build(ctx context.Context, p Params) (*Base, error) {
 	if err != nil {
 		return nil, fmt.Errorf("build base: %w", err)
 	}
+	if p.SimulatedGPU != "" && image.NVIDIA != nil {
+		return nil, fmt.Errorf("build base: the image %s has a driver for real GPUs, not for made-up ones", p.Image)
+	}
 	if p.NVIDIADriver != "" && image.NVIDIA == nil {
 		return nil, fmt.Errorf("build base: the image %s has no NVIDIA driver", p.Image)
 	}

@@ -371,7 +371,7 @@ func assemble(a *bundle.Archive, cryptRoot bundle.File, dir string, gc *guestcon
 		Base:  bundle.Base{ID: b.ID, KernelVersion: b.KernelVersion},
 		Image: bundle.Image{Name: root.Image.Name, Digest: root.Image.Digest, ConfigDigest: root.Image.ConfigDigest, DiffIDs: root.Image.DiffIDs},
 		Disk:  gc.Disk, KBS: kbsOf(gc),
-		Network: gc.Network, Attestation: gc.Attestation, MinTCB: bundle.TCB(p.Config.MinTCB),
+		KDS: gc.API.KDS, Network: gc.Network, Attestation: gc.Attestation, MinTCB: bundle.TCB(p.Config.MinTCB),
 		UserConfig: bundle.UserConfigPin{Integrity: gc.UserConfig.Integrity, Digest: gc.UserConfig.Files.Digest()},
 		Files:      []bundle.File{cryptRoot},
 	}

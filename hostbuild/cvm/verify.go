@@ -107,7 +107,7 @@ func checkGuestConfig(dir string, m *bundle.Manifest) error {
 	}{
 		{"cvm_id", gc.CVMID, m.CVMID}, {"platform", gc.Platform, m.Platform}, {"tee", gc.TEE, m.TEE},
 		{"created", gc.BuildTime, m.Created.Unix()}, {"disk", gc.Disk, m.Disk}, {"network", gc.Network, m.Network},
-		{"attestation", gc.Attestation, m.Attestation},
+		{"attestation", gc.Attestation, m.Attestation}, {"kds_url", gc.API.KDS, m.KDS},
 		{"kbs", kbs, m.KBS},
 		{"image", bundle.Image{Name: gc.Workload.ImageName, Digest: gc.Workload.ImageDigest}, bundle.Image{Name: m.Image.Name, Digest: m.Image.Digest}},
 		{"cmdline", bundle.Cmdline(gc.Platform, gc.CVMID, gc.GPU != nil), m.Cmdline},

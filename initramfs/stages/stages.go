@@ -45,11 +45,12 @@ type Deps struct {
 	Sysctl     func(name, value string) error
 	// Lockdown locks the kernel down (integrity) where that is not done yet, and
 	// returns the mode in force.
-	Lockdown func() (mode string, err error)
-	Evidence func(platform, tee string) (evidence.Source, error)
-	Firewall func(firewall.Rules) error
-	Network  func(context.Context, *guestconfig.Static) (*netup.Network, error)
-	Lookup   func(ctx context.Context, host string) ([]netip.Addr, error)
+	Lockdown  func() (mode string, err error)
+	KernelLog func() (string, error)
+	Evidence  func(platform, tee string) (evidence.Source, error)
+	Firewall  func(firewall.Rules) error
+	Network   func(context.Context, *guestconfig.Static) (*netup.Network, error)
+	Lookup    func(ctx context.Context, host string) ([]netip.Addr, error)
 	// FetchKey returns the resource at kbs.KeyPath. It connects to peers only.
 	FetchKey func(ctx context.Context, kbs guestconfig.KBS, peers []netip.AddrPort, a kbsclient.Attester) ([]byte, error)
 	// OpenDisk returns the device of the decrypted payload.
