@@ -364,7 +364,7 @@ func guestConfig(p Params, id, ca string, b *base.Base, root *disk.Root, in inpu
 			Verity: root.Verity, Scratch: root.Scratch,
 		},
 		Network: c.Network, Attestation: c.Attestation, Workload: w, UserConfig: in.pinned, Peers: c.Peers, API: api,
-		GPU: gpuGuard(c, id, in.gpu.pins, b), ACPITables: c.ACPITables,
+		GPU: gpuGuard(c, id, in.gpu.pins, b), VCEKs: in.vceks, ACPITables: c.ACPITables,
 	}
 }
 
