@@ -25,7 +25,7 @@ SOURCES := go.mod go.sum $(shell find agent cmd hostbuild images initramfs inter
 
 PREFIX ?= /usr/local
 
-.PHONY: all deps base install deb test-deb test test-guest test-gpu test-e2e test-oracles bench demo regorus fuzz lint clean \
+.PHONY: all deps base install deb test-deb test test-guest test-gpu test-nvidia test-e2e test-oracles bench demo regorus fuzz lint clean \
 	test-nvflare test-nvflare-e2e test-nvflare-boot test-trustee soak test-gpu-hw
 .DELETE_ON_ERROR:
 
@@ -107,7 +107,7 @@ test-deb: DEPS += mmdebstrap
 test-deb: deb | deps
 	COFFER_DEB=$(CURDIR)/$(DEB) COFFER_SUITE=$(SUITE) COFFER_SOURCE='$(SOURCE)' $(GO) test -count=1 -timeout 10m -v ./test/install
 
-test test-gpu test-e2e bench: DEPS += $(TEST_DEPS)
+test test-gpu test-nvidia test-e2e bench: DEPS += $(TEST_DEPS)
 
 # Units first; then the scenarios alone, since they time what QEMU does.
 test: all base deps
@@ -119,6 +119,9 @@ test-guest: all base deps
 	$(GO) test -count=1 -timeout 40m -v -run ^TestGuest ./test/scenarios
 test-gpu: all base deps
 	$(GO) test -count=1 -timeout 40m -v -run ^TestGPUs ./test/scenarios
+# NVIDIA's kernel modules, built and loaded; downloads 190 MB once, builds for minutes.
+test-nvidia: all base deps
+	COFFER_TEST_NVIDIA=1 $(GO) test -count=1 -timeout 90m -v -run ^TestNVIDIA ./test/scenarios
 test-e2e: all base deps
 	$(GO) test -count=1 -timeout 30m -v ./test/e2e
 # Against a Trustee of one's own that takes sample evidence: KBS_URL, KBS_CA,

@@ -301,6 +301,9 @@ func (a *agent) takeOver(context.Context) error {
 		return err
 	}
 	source, err := a.Evidence(a.cfg.Platform, a.cfg.TEE)
+	if err == nil {
+		err = evidence.Carry(source, a.cfg.VCEKs)
+	}
 	if err != nil {
 		return boot.Fail(boot.CodeEvidence, err)
 	}

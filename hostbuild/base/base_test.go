@@ -36,8 +36,12 @@ func deb(t *testing.T, cache, role, name string, files map[string]string) Packag
 	dir := t.TempDir()
 	files["DEBIAN/control"] = fmt.Sprintf("Package: %s\nVersion: 1.0-1\nArchitecture: amd64\nMaintainer: Test <test@example.org>\nDescription: test\n", name)
 	for path, data := range files {
+		mode := os.FileMode(0o644)
+		if strings.Contains(path, "bin/") {
+			mode = 0o755
+		}
 		path = filepath.Join(dir, path)
-		if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, []byte(data), 0o644)); err != nil {
+		if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, []byte(data), mode)); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -102,12 +106,16 @@ func params(t *testing.T) Params {
 		"usr/lib/modules/" + testKernel + "/kernel/fs/unused.ko": ko("depends=\x00"),
 	}
 	// What either platform wants; the kernel may have more.
-	for _, name := range slices.Concat(image.ModuleNames(PlatformSNP, ""), image.ModuleNames(PlatformSimulated, ""), image.ModuleNames(PlatformSNP, "nfs")) {
+	names := slices.Concat(image.ModuleNames(PlatformSNP, ""), image.ModuleNames(PlatformSimulated, ""), image.ModuleNames(PlatformSNP, "nfs"))
+	if image, err = images.Load("nvidia"); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range append(names, image.ModuleNames(PlatformSNP, "gpu")...) {
 		name = strings.TrimPrefix(name, modules.OptionalMark)
 		kernel["usr/lib/modules/"+testKernel+"/kernel/"+name+".ko"] = ko("name=" + name + "\x00depends=\x00")
 	}
 	l := lock{Version: manifestVersion, Packages: []Package{
-		deb(t, cache, roleKernel, "linux-image-test", kernel),
+		deb(t, cache, roleKernel, "linux-image-"+testKernel, kernel),
 		deb(t, cache, roleFirmware, "ovmf-amdsev", map[string]string{image.Firmware.File: string(fakebase.OVMF(t)), "usr/share/ovmf/other.fd": "x"}),
 		deb(t, cache, roleCA, "ca-certificates", map[string]string{
 			image.CA.File + "/B.crt": "cert B\n", image.CA.File + "/A.crt": "cert A", image.CA.File + "/README": "no"}),

@@ -150,6 +150,8 @@ func Cmdline(platform, cvmID string, gpu bool) string {
 	}
 	if platform == guestconfig.PlatformSNP {
 		words += " tsc=reliable clocksource=tsc no-kvmclock"
+	} else { // QEMU 7.2 under TCG corrupts flags around the kernel's cmpxchg16b
+		words += " clearcpuid=cx16"
 	}
 	return words + " vm_id=" + cvmID
 }

@@ -43,7 +43,8 @@ type Config struct {
 	Peers       guestconfig.Peers
 	ACPITables  []string // signatures that the host may give besides q35's own
 	API         guestconfig.API
-	GPU         *GPU // nil: no GPUs
+	GPU         *GPU   // nil: no GPUs
+	VCEKs       string // folder of chips' certificates that go into the bundle, absolute; "": none
 
 	Issuers []Issuer
 
@@ -149,6 +150,7 @@ func build(doc *yamlcheck.Doc, m *yamlcheck.Map) (*Config, error) {
 			m.FaultItemf("acpi_tables", i, "%q is not the signature of an ACPI table, four capital letters such as SSDT", t)
 		}
 	}
+	c.VCEKs = m.Path("vceks")
 	c.API.KDS = m.String("kds_url", "")
 	if !m.Has("kds_url") && slices.Contains(c.Network.AllowedOutPorts, guestconfig.Port{Port: 443, Proto: "tcp"}) {
 		c.API.KDS = amdKDS

@@ -107,6 +107,11 @@ func Build(ctx context.Context, p Params) (*Result, error) {
 	}
 	defer w.close()
 	store, warnings := openCache(s)
+	if in.kit != nil {
+		if shut := in.kit.ShutPort(p.Config.Network.AllowedPorts, p.Config.Network.AllowedOutPorts); shut != "" {
+			warnings = append(warnings, shut)
+		}
+	}
 
 	key, err := newPassphrase(p.rand)
 	if err != nil {
@@ -359,7 +364,7 @@ func guestConfig(p Params, id, ca string, b *base.Base, root *disk.Root, in inpu
 			Verity: root.Verity, Scratch: root.Scratch,
 		},
 		Network: c.Network, Attestation: c.Attestation, Workload: w, UserConfig: in.pinned, Peers: c.Peers, API: api,
-		GPU: gpuGuard(c, id, in.gpu.pins, b), ACPITables: c.ACPITables,
+		GPU: gpuGuard(c, id, in.gpu.pins, b), VCEKs: in.vceks, ACPITables: c.ACPITables,
 	}
 }
 

@@ -1,7 +1,9 @@
 package cvm
 
 import (
+	"bytes"
 	"encoding/json"
+	"encoding/pem"
 	"log/slog"
 	"net"
 	"os"
@@ -15,7 +17,9 @@ import (
 	"coffer/hostbuild/kbs"
 	"coffer/hostbuild/register"
 	"coffer/internal/guestconfig"
+	"coffer/internal/snp"
 	"coffer/test/gpusim"
+	"coffer/test/simsnp"
 )
 
 // asH has the rig's KBS answer as newer Trustee does.
@@ -76,7 +80,20 @@ func TestGPU(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	r.append(t, "gpu:\n  required: true\n  count: 2\n  rims: "+rims+"\n  ocsp: allow_cached\n  ocsp_answers: "+answers+"\n  resources: [site/data/one]\n")
+	r.append(t, "gpu:\n  required: true\n  count: 2\n  rims: "+rims+"\n  ocsp: allow_cached\n  ocsp_answers: "+answers+"\n  resources: [site/data/one]\nvceks: "+filepath.Join(r.dir, "vceks")+"\n")
+	chip, err := simsnp.New(simsnp.Params{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	var vcek []byte
+	for _, c := range chip.Certs() {
+		if c.Type == snp.VCEK {
+			vcek = c.Data
+		} else {
+			r.write(t, "vceks/other.der", c.Data)
+		}
+	}
+	r.write(t, "vceks/one.pem", pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: vcek}))
 	fails := func(want string) {
 		t.Helper()
 		if _, err := Build(t.Context(), r.params(t)); err == nil || !strings.Contains(err.Error(), want) {
@@ -95,6 +112,10 @@ func TestGPU(t *testing.T) {
 		t.Fatal(err)
 	}
 	r.write(t, "answers/0a.ocsp", []byte("an answer"))
+	fails("not of a chip (SEV-VCEK)")
+	if err := os.Remove(filepath.Join(r.dir, "vceks/other.der")); err != nil {
+		t.Fatal(err)
+	}
 	fails("gpu.mode local+trustee: KBS " + r.settings.KBSURL)
 	fails("of a generation (Trustee before v0.17")
 	if ids := r.rules(t); len(ids) != 0 {
@@ -143,6 +164,9 @@ func TestGPU(t *testing.T) {
 	}
 	if !slices.Contains(gc.API.Resources, "site/data/one") {
 		t.Errorf("the workload may ask for %v", gc.API.Resources)
+	}
+	if len(gc.VCEKs) != 1 || !bytes.Equal(gc.VCEKs[0], vcek) {
+		t.Errorf("%d certificates of chips", len(gc.VCEKs))
 	}
 	p := r.params(t)
 	whole := VerifyParams{Bundle: res.Path, Config: p.Config, Settings: p.Settings}

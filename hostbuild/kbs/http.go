@@ -62,9 +62,7 @@ func fail(typ, detail string) reply {
 	return reply{status: http.StatusUnauthorized, body: b}
 }
 
-// Handler returns the server's HTTP handler. Serve adds TLS and time limits.
-func (s *Server) Handler() http.Handler { return http.HandlerFunc(s.serve) }
-
+// serve answers one request.
 func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 	start := time.Now()
 	defer s.inFlight.Add(-1)

@@ -204,7 +204,7 @@ func (s *Server) open(o Options) error {
 // progress finish for a few seconds, and returns nil after an orderly stop.
 func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
 	srv := &http.Server{
-		Handler:           s.Handler(),
+		Handler:           http.HandlerFunc(s.serve),
 		TLSConfig:         &tls.Config{Certificates: []tls.Certificate{s.tls}, MinVersion: tls.VersionTLS12},
 		ReadHeaderTimeout: headerTime,
 		ReadTimeout:       requestTime,

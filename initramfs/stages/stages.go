@@ -175,6 +175,9 @@ func (g *guest) evidence(ctx context.Context) error {
 	if g.source, err = g.Evidence(g.cfg.Platform, g.cfg.TEE); err != nil {
 		return err
 	}
+	if err := evidence.Carry(g.source, g.cfg.VCEKs); err != nil {
+		return err
+	}
 	if g.cfg.TEE == evidence.TEESample {
 		return nil
 	}

@@ -288,9 +288,9 @@ func (b *bench) boot(ctx context.Context) error {
 	}
 	var boots, floors []float64
 	for i := range b.runs {
-		out, err := exec.CommandContext(ctx, "qemu-system-x86_64", "-machine", "q35", "-accel", "tcg,thread=single", "-cpu", "max,-cx16,-erms",
+		out, err := exec.CommandContext(ctx, "qemu-system-x86_64", "-machine", "q35", "-accel", "tcg,thread=single", "-cpu", "max,-erms",
 			"-smp", "2", "-m", "2048", "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-vga", "none",
-			"-kernel", b.bundle.File(bundle.Kernel), "-initrd", idle, "-append", "console=ttyS0 loglevel=4 panic=-1", "-serial", "stdio").Output()
+			"-kernel", b.bundle.File(bundle.Kernel), "-initrd", idle, "-append", "console=ttyS0 loglevel=4 panic=-1 clearcpuid=cx16", "-serial", "stdio").Output()
 		if err != nil {
 			return fmt.Errorf("QEMU: %w", err)
 		}

@@ -3,6 +3,7 @@ package scenarios
 import (
 	"context"
 	"crypto/rand"
+	"encoding/pem"
 	"fmt"
 	"net"
 	"net/http/httptest"
@@ -28,6 +29,7 @@ type gpuLine struct {
 	world *gpusim.World
 	kind  *gpusim.Device // all GPUs have its measurements
 	rims  string
+	vceks string // the host gives no certificate of its chip
 	ocsp  string // answers about all devices that there may be
 	all   []*gpusim.Device
 }
@@ -37,7 +39,7 @@ const maxGPUs = 9
 
 func setupGPUs(t *testing.T) *gpuLine {
 	t.Helper()
-	l := &gpuLine{line: &line{}, world: gpusim.NewWorld(), rims: t.TempDir(), ocsp: t.TempDir()}
+	l := &gpuLine{line: &line{}, world: gpusim.NewWorld(), rims: t.TempDir(), vceks: t.TempDir(), ocsp: t.TempDir()}
 	l.kind = l.world.NewDevice(gpu.Hopper)
 	for range maxGPUs {
 		d := l.world.NewDevice(gpu.Hopper)
@@ -53,6 +55,12 @@ func setupGPUs(t *testing.T) *gpuLine {
 	env.KBSFlags = []string{"--dialect", "H", "--gpu-rim-dir", l.rims, "--gpu-ocsp", "off",
 		"--gpu-device-root", filepath.Join(env.Dir, "gpu/device-root.pem"), "--gpu-rim-root", filepath.Join(env.Dir, "gpu/rim-root.pem")}
 	l.line = startKBS(t, env)
+	vcek, err := os.ReadFile(filepath.Join(env.Dir, "chip/vcek.pem"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	block, _ := pem.Decode(vcek)
+	write(t, filepath.Join(l.vceks, "one.der"), block.Bytes)
 	return l
 }
 
@@ -137,15 +145,14 @@ func (l *gpuLine) build(t *testing.T, name, settings string) *harness.Bundle {
 	write(t, yaml, fmt.Appendf(nil, `root_drive_size: 1
 docker_archive: %s
 memory_mib: 1024
+vceks: %s
 cc_gpu_mechanism: nvidia_cc
 cc_attestation:
   check_frequency: 2
-  max_staleness: 120
+  max_staleness: 600
 gpu:
   rims: %s
-  ocsp: allow_cached
-  ocsp_answers: %s
-%s`, archive, l.rims, l.ocsp, settings))
+%s`, archive, l.vceks, l.rims, settings))
 	b, err := l.env.Build(ctx, l.settings, yaml)
 	if err != nil {
 		t.Fatal(err)
@@ -172,18 +179,18 @@ func (l *gpuLine) bootGPUs(t *testing.T, b *harness.Bundle, n int) (*guest, *gpu
 	}
 	go driver.Serve(listener)
 	t.Cleanup(func() { listener.Close() })
-	l.env.BootEnv = []string{"COFFER_SIM_GPUS=" + socket}
+	l.env.BootEnv = []string{"COFFER_SIM_GPUS=" + socket, "COFFER_SIM_NO_CERTS=yes"}
 	return boot(t, b), driver
 }
 
-// TestGPUs (`make test-gpu`): what the bundle carries is all that attestation of
-// GPUs needs, and the guest reaches nothing but the KBS. /vault opens to verified
+// TestGPUs (`make test-gpu`): what the bundle carries (manifests, OCSP answers, the
+// CPU's certificate) is all that attestation needs, and the guest reaches nothing but the KBS. /vault opens to verified
 // GPUs alone, and stays. Whatever a GPU or its driver does wrong ends the workload
 // and the GPUs' leave within a round.
 func TestGPUs(t *testing.T) {
 	l := setupGPUs(t)
-	required := l.build(t, "required", "  required: true\n  count: 1\n")
-	any := l.build(t, "any", "  mode: local\n")
+	required := l.build(t, "required", "  required: true\n  count: 1\n  ocsp: allow_cached\n  ocsp_answers: "+l.ocsp+"\n")
+	any := l.build(t, "any", "  mode: local\n  ocsp: off\n") // many signatures, which take their time without hardware
 	t.Run("Vault", func(t *testing.T) { l.vault(t, required) })
 	t.Run("VaultWithoutGPUs", func(t *testing.T) { l.refusedVault(t, required) })
 	old := l.all[0].NewReport([32]byte{9}).Sign(l.all[0].Chain[0].Key)

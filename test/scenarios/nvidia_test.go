@@ -2,13 +2,18 @@ package scenarios
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 	"time"
 
+	"coffer/internal/guestconfig"
+	"coffer/internal/testenv"
 	"coffer/test/dockersave"
 )
 
@@ -64,10 +69,38 @@ gpu:
 	if err := b.Unpack(ctx, filepath.Join(env.Dir, "site")); err != nil {
 		t.Fatal(err)
 	}
-	g := boot(t, b)
-	g.expect(`phase=driver status=start`)
-	g.expect(`NVRM: No NVIDIA GPU found`)
-	g.refused("driver", "E_GPU", "the VM has no NVIDIA GPU")
+	t.Run("ModulesLoad", func(t *testing.T) {
+		g := boot(t, b)
+		g.expect(`phase=driver status=start`)
+		g.expect(`coffer: kernel: NVRM: No NVIDIA GPU found`)
+		g.refused("driver", "E_GPU", "the VM has no NVIDIA GPU")
+	})
+	t.Run("HelperFindsNVML", func(t *testing.T) { helperFindsNVML(t, base) })
+}
+
+// helperFindsNVML runs gpu-helper with nothing but the guest's /usr: the real library
+// is found and loaded, and says that the kernel has no driver.
+func helperFindsNVML(t *testing.T, base string) {
+	testenv.Root(t)
+	root := t.TempDir()
+	if out, err := exec.Command(testenv.LookTool(t, "fsck.erofs"), "--extract="+filepath.Join(root, "usr"), filepath.Join(base, "nvidia.erofs")).CombinedOutput(); err != nil {
+		t.Fatalf("fsck.erofs: %v\n%s", err, out)
+	}
+	program, err := os.ReadFile(filepath.Join(base, "bin/gpu-helper"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	write(t, filepath.Join(root, "gpu-helper"), program)
+	if err := errors.Join(os.Chmod(filepath.Join(root, "gpu-helper"), 0o755), os.Symlink("usr/lib", filepath.Join(root, "lib")), os.Symlink("usr/lib64", filepath.Join(root, "lib64"))); err != nil {
+		t.Fatal(err)
+	}
+	cmd := exec.Command("/gpu-helper", "--library", guestconfig.NVMLPath)
+	cmd.SysProcAttr, cmd.Dir, cmd.Env = &syscall.SysProcAttr{Chroot: root}, "/", []string{}
+	cmd.Stdin = strings.NewReader(`{"op":"settings"}` + "\n")
+	out, err := cmd.CombinedOutput()
+	if err != nil || !strings.Contains(string(out), `"call":"nvmlInit"`) || !strings.Contains(string(out), `"return":9`) { // NVML_ERROR_DRIVER_NOT_LOADED
+		t.Errorf("gpu-helper: %v\n%s", err, out)
+	}
 }
 
 func exists(path string) bool {
