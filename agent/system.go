@@ -17,6 +17,8 @@ import (
 
 	"coffer/agent/drives"
 	"coffer/agent/nfs"
+	"coffer/agent/nvidia"
+	"coffer/agent/vault"
 	"coffer/internal/boot"
 	"coffer/internal/evidence"
 	"coffer/internal/firewall"
@@ -47,10 +49,12 @@ func System(flush func()) Deps {
 		Share:      nfs.Share,
 		NFS:        nfs.Kernel{},
 		Overlay:    drives.Overlay,
+		OpenVault:  vault.Open,
 		Evidence:   evidence.Open,
 		KBS:        newKBS,
 		StartChild: startChild,
 		GPUs:       newGPUs,
+		NVIDIA:     nvidia.System(),
 		Now:        boot.SinceKernelStart,
 		Stop:       stopRequests(),
 		PowerOff: func() {

@@ -303,6 +303,7 @@ func describe(b *bytes.Buffer, c *cobra.Command) {
 		if long == "" {
 			long = c.Short + "."
 		}
+		long = strings.ReplaceAll(long, "<", `\<`) // else a page shows none of it
 		fmt.Fprintf(b, "\n## %s\n\n%s\n\n    %s\n", c.CommandPath(), long, c.UseLine())
 		if c.LocalNonPersistentFlags().HasAvailableFlags() {
 			b.WriteString("\n| option | default | meaning |\n|---|---|---|\n")

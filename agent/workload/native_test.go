@@ -6,6 +6,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -326,6 +327,30 @@ func TestExitWhileContainerdIsDown(t *testing.T) {
 	waitFor(t, r.start(t))
 	if e := r.Exit(); e.Err != nil || e.Code != 33 {
 		t.Errorf("exit of the second run is %v, want code 33", e)
+	}
+}
+
+// A run whose shim dies is over: containerd kills what is left and tells.
+func TestShimKilled(t *testing.T) {
+	r := runner(t, `echo ready; sleep 100`, nil)
+	ended := r.start(t)
+	r.out.Await(t, "ready")
+	state, _, _ := strings.Cut(r.daemon.TaskDir("workload"), "/io.containerd") // its socket is an argument of the shim
+	processes, _ := filepath.Glob("/proc/[0-9]*/cmdline")
+	killed := 0
+	for _, p := range processes {
+		cmdline, _ := os.ReadFile(p)
+		if pid, err := strconv.Atoi(filepath.Base(filepath.Dir(p))); err == nil && strings.Contains(string(cmdline), "containerd-shim") && strings.Contains(string(cmdline), state) {
+			syscall.Kill(pid, syscall.SIGKILL)
+			killed++
+		}
+	}
+	if killed != 1 {
+		t.Fatalf("%d shims were killed", killed)
+	}
+	waitFor(t, ended)
+	if e := r.Exit(); e.Err == nil && e.Code != 137 {
+		t.Errorf("exit is %v, want code 137 or unknown", e)
 	}
 }
 

@@ -88,6 +88,9 @@ func guardOpts(cfg *Config) []oci.SpecOpts {
 		const period = 100_000 // microseconds
 		opts = append(opts, oci.WithCPUCFS(cfg.CPUPercent*period/100, period))
 	}
+	if cfg.Devices != nil {
+		opts = append(opts, cfg.Devices)
+	}
 	return append(opts, seccomp.WithDefaultProfile())
 }
 

@@ -1,5 +1,6 @@
 // Package workload runs the one container of a guest with containerd: host
-// network, no new privileges, seccomp, few capabilities, no devices, limits.
+// network, no new privileges, seccomp, few capabilities, no devices but those that
+// the caller adds, limits.
 //
 // The container's output goes to writers of the caller, which must neither fail
 // nor block: what blocks them blocks the workload. The container and its output
@@ -21,6 +22,7 @@ import (
 	"github.com/containerd/containerd/api/types/runc/options"
 	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/pkg/cio"
+	"github.com/containerd/containerd/v2/pkg/oci"
 	"github.com/containerd/containerd/v2/plugins"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
@@ -44,8 +46,9 @@ type Config struct {
 	PidsMax        int64
 	TmpMiB         int64 // /tmp and /dev/shm, each
 	Binds          []Bind
-	Path           string // added at the end of PATH
-	TaskDir        string // where containerd keeps what it knows of the run's shim
+	Path           string       // added at the end of PATH
+	Devices        oci.SpecOpts // adds devices and what they need; may be nil
+	TaskDir        string       // where containerd keeps what it knows of the run's shim
 	FIFODir        string
 	RuncRoot       string // runc's state
 	Stdout, Stderr io.Writer

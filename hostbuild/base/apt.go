@@ -59,7 +59,7 @@ func findMirror(ctx context.Context, m Mirror) (Mirror, error) {
 	m.Main, m.Security = parseTargets(targets)
 	if m.Main == "" {
 		return m, fmt.Errorf("%w: this machine's apt has no index of a Debian archive. On Debian run `apt-get update` first; "+
-			"elsewhere name the mirror in the settings", ErrNoMirror)
+			"elsewhere name one by --mirror", ErrNoMirror)
 	}
 	return m, nil
 }

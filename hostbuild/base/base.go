@@ -6,6 +6,7 @@
 //	OVMF.amdsev.fd      firmware
 //	bin/                programs of the verity root: agent, snpguest, containerd, ...
 //	programs.erofs      the same, packed: what the guest mounts at /bin
+//	root/               more files of the verity root, of a base for made-up GPUs
 //	nvidia.erofs        of a base with NVIDIA's driver: what the guest mounts at /usr
 //	ca-certificates.crt for the workload
 //	base.json           manifest: what is here and what it was made from
@@ -49,6 +50,7 @@ const (
 	firmwareFile = "OVMF.amdsev.fd"
 	caFile       = "ca-certificates.crt"
 	programDir   = "bin"
+	rootDir      = "root"
 	programsFile = "programs.erofs"
 	nvidiaFile   = "nvidia.erofs"
 	manifestFile = "base.json"
@@ -105,6 +107,7 @@ type Base struct {
 	CACerts  string            // path of the CA certificates, PEM
 	Programs map[string]string // path in the guest, "/bin/agent", to path here
 	Packed   string            // path of the EROFS that holds the programs and becomes the guest's /bin
+	Root     map[string]string // further files of the verity root, as Programs
 	NVIDIA   string            // path of the EROFS that holds NVIDIA's driver and becomes the guest's /usr; "": there is none
 	GPU      *GPU              // nil: guests have no GPUs
 
@@ -119,6 +122,9 @@ type GPU struct {
 	Driver    string   `json:"driver"`              // version of kernel modules and libraries
 	Modules   []Module `json:"modules,omitempty"`   // in load order, beside those of the initrd
 	Libraries []string `json:"libraries,omitempty"` // what containers get, by SONAME
+	// Roots of made-up GPUs, PEM; of a simulated base alone.
+	DeviceRoot string `json:"device_root,omitempty"`
+	RIMRoot    string `json:"rim_root,omitempty"`
 }
 
 // manifest is base.json.
@@ -160,6 +166,9 @@ func Open(dir string) (*Base, error) {
 	if m.Platform != PlatformSNP && m.Platform != PlatformSimulated {
 		return nil, fmt.Errorf("%s: %w: platform %q is not snp or simulated", dir, ErrNotBase, m.Platform)
 	}
+	if m.Platform != PlatformSimulated && m.GPU != nil && m.GPU.DeviceRoot+m.GPU.RIMRoot != "" {
+		return nil, fmt.Errorf("%s: %w: it is for platform %s and trusts simulated GPUs", dir, ErrNotBase, m.Platform)
+	}
 	b := &Base{
 		Dir: dir, ID: digest(data), Platform: m.Platform, Image: m.Image,
 		Kernel:        filepath.Join(dir, kernelFile),
@@ -168,6 +177,7 @@ func Open(dir string) (*Base, error) {
 		CACerts:       filepath.Join(dir, caFile),
 		Packed:        filepath.Join(dir, programsFile),
 		Programs:      map[string]string{},
+		Root:          map[string]string{},
 		GPU:           m.GPU,
 		KernelVersion: m.KernelVersion, Packages: m.Packages, Modules: m.Modules,
 		SHA256: map[string]string{},
@@ -186,6 +196,9 @@ func Open(dir string) (*Base, error) {
 		b.SHA256[f.Path] = got
 		if name, ok := strings.CutPrefix(f.Path, programDir+"/"); ok {
 			b.Programs["/"+programDir+"/"+name] = filepath.Join(dir, f.Path)
+		}
+		if name, ok := strings.CutPrefix(f.Path, rootDir+"/"); ok {
+			b.Root["/"+name] = filepath.Join(dir, f.Path)
 		}
 	}
 	names := []string{kernelFile, initrdFile, firmwareFile, caFile, programsFile}

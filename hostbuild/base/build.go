@@ -44,6 +44,9 @@ type Params struct {
 	// empty and the package cannot be had, InstalledOVMF is taken if it is there.
 	OVMF string
 
+	// SimulatedGPU is a folder that makes a simulated base one for made-up GPUs: a
+	// tree root of files for the verity root, and device-root.pem and rim-root.pem.
+	SimulatedGPU string
 	// NVIDIADriver is a driver to take in place of the image's packages: NVIDIA's
 	// .run file or a folder of .deb files.
 	NVIDIADriver string
@@ -76,12 +79,18 @@ func Build(ctx context.Context, p Params) (*Base, error) {
 	if p.Platform != PlatformSNP && p.Platform != PlatformSimulated {
 		return nil, fmt.Errorf("build base: platform %q is not %s or %s", p.Platform, PlatformSNP, PlatformSimulated)
 	}
+	if p.SimulatedGPU != "" && p.Platform != PlatformSimulated {
+		return nil, fmt.Errorf("build base: made-up GPUs are for platform %s alone", PlatformSimulated)
+	}
 	if p.Out == "" || p.Cache == "" {
 		return nil, errors.New("build base: the output or cache folder is not given")
 	}
 	image, err := images.Load(p.Image)
 	if err != nil {
 		return nil, fmt.Errorf("build base: %w", err)
+	}
+	if p.SimulatedGPU != "" && image.NVIDIA != nil {
+		return nil, fmt.Errorf("build base: the image %s has a driver for real GPUs, not for made-up ones", p.Image)
 	}
 	if p.NVIDIADriver != "" && image.NVIDIA == nil {
 		return nil, fmt.Errorf("build base: the image %s has no NVIDIA driver", p.Image)
@@ -198,6 +207,11 @@ func build(ctx context.Context, p Params, image *images.Image) (*Base, error) {
 			return nil, err
 		}
 	}
+	if p.SimulatedGPU != "" {
+		if m.GPU, err = putSimulatedGPU(p.SimulatedGPU, dir, put); err != nil {
+			return nil, fmt.Errorf("simulated GPUs: %w", err)
+		}
+	}
 	if image.NVIDIA != nil {
 		work, err := os.MkdirTemp(p.Cache, "nvidia-")
 		if err != nil {
@@ -243,6 +257,33 @@ func build(ctx context.Context, p Params, image *images.Image) (*Base, error) {
 		return nil, err
 	}
 	return Open(p.Out)
+}
+
+// putSimulatedGPU puts the files for made-up GPUs into a base.
+func putSimulatedGPU(from, dir string, put func(name string, data []byte, mode os.FileMode) error) (*GPU, error) {
+	var roots [2]string
+	for i, name := range []string{"device-root.pem", "rim-root.pem"} {
+		b, err := os.ReadFile(filepath.Join(from, name))
+		if err != nil {
+			return nil, err
+		}
+		roots[i] = string(b)
+	}
+	tree := os.DirFS(from)
+	err := fs.WalkDir(tree, rootDir, func(path string, d fs.DirEntry, err error) error {
+		switch {
+		case err != nil:
+			return err
+		case d.IsDir():
+			return os.Mkdir(filepath.Join(dir, path), 0o755)
+		}
+		data, err := fs.ReadFile(tree, path)
+		if err != nil {
+			return err
+		}
+		return put(path, data, 0o755)
+	})
+	return &GPU{Driver: "simulated", DeviceRoot: roots[0], RIMRoot: roots[1]}, err
 }
 
 // packPrograms makes a compressed EROFS of a folder: every byte that the guest

@@ -36,7 +36,7 @@ own compiler, which is unpacked and not installed.`,
 			for _, name := range []string{"containerd", "containerd-shim-runc-v2", "runc"} {
 				p.Programs[name] = filepath.Join(programs, name)
 			}
-			if p.Image == "nvidia" {
+			if p.Image == "nvidia" || p.SimulatedGPU != "" {
 				p.Programs["gpu-helper"] = filepath.Join(programs, "gpu-helper")
 			}
 			if p.Cache == "" {
@@ -66,6 +66,7 @@ own compiler, which is unpacked and not installed.`,
 	f.StringVar(&p.NVIDIADriver, "nvidia-driver", "", "NVIDIA's .run file, or a folder of its .deb files, in place of Debian's driver; with --image nvidia")
 	f.StringVar(&programs, "programs", "bin", "folder of the built guest programs")
 	f.StringVar(&p.OVMF, "ovmf", "", "a firmware file in place of Debian's ovmf-amdsev (which is fallen back on where it is installed and no archive has it)")
+	f.StringVar(&p.SimulatedGPU, "simulated-gpu", "", "folder of a fake NVIDIA library and its roots, for tests; with --platform simulated alone")
 	f.StringVar(&p.Cache, "cache", "", "folder that keeps downloaded packages (default: the user's cache folder)")
 	f.StringVar(&p.Mirror.Main, "mirror", "", "address of a Debian archive (default: the one of this machine's apt sources)")
 	f.StringVar(&p.Mirror.Security, "security-mirror", "", "address of the Debian security archive")

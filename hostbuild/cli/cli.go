@@ -6,6 +6,7 @@
 package cli
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -75,7 +76,7 @@ func (a *App) Run(ctx context.Context, args []string) int {
 	root.SetErr(a.Stderr)
 	if err := root.ExecuteContext(ctx); err != nil {
 		a.say("hostbuild", err.Error())
-		if errors.Is(err, errUsage) {
+		if errors.Is(err, errUsage) || strings.HasPrefix(err.Error(), "unknown command ") { // the latter is cobra's, for root
 			return 2
 		}
 		return 1
@@ -124,10 +125,10 @@ func group(use, short string, cmds ...*cobra.Command) *cobra.Command {
 	return c
 }
 
-// usage turns a wrong number of arguments into errUsage.
+// usage turns a wrong number of arguments, and a required flag that is missing, into errUsage.
 func usage(p cobra.PositionalArgs) cobra.PositionalArgs {
 	return func(c *cobra.Command, args []string) error {
-		if err := p(c, args); err != nil {
+		if err := cmp.Or(p(c, args), c.ValidateRequiredFlags()); err != nil {
 			return fmt.Errorf("%w: %w; see %s --help", errUsage, err, c.CommandPath())
 		}
 		return nil

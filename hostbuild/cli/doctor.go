@@ -28,7 +28,7 @@ func (a *App) doctor() *cobra.Command {
 		Long: `Looks at programs, settings, guest base, folders and the KBS. Each line says ok, note or
 MISSING; below it stands what to do. The exit code is 1 where something is missing that
 a build needs. On the host that runs a bundle, ./launch_vm.sh --check does the same.`,
-		Example: "  hostbuild doctor\n  hostbuild doctor --json | jq -r '.findings[] | select(.status == \"missing\") | .name'",
+		Example: "  hostbuild doctor\n  hostbuild doctor --json",
 		Args:    usage(cobra.NoArgs),
 		RunE: func(cmd *cobra.Command, _ []string) error {
 			fs := thisHost().Check(cmd.Context(), a.readSettings)

@@ -23,7 +23,7 @@ and ends when the guest is off. On a terminal it is a table, else a line an even
 standard input to its end. The exit code is 1 where the guest failed.
 
 The console is the host's, who can write there what he likes: it is for finding faults.`,
-		Example: "  hostbuild watch cvm_0123456789ab/console.log\n  hostbuild watch - < console.log.1",
+		Example: "  hostbuild watch cvm_0123456789ab/console.log",
 		Args:    usage(cobra.ExactArgs(1)),
 		RunE: func(cmd *cobra.Command, args []string) error {
 			var s watch.State

@@ -43,6 +43,8 @@ type Config struct {
 	Peers       guestconfig.Peers
 	ACPITables  []string // signatures that the host may give besides q35's own
 	API         guestconfig.API
+	GPU         *GPU   // nil: no GPUs
+	VCEKs       string // folder of chips' certificates that go into the bundle, absolute; "": none
 
 	Issuers []Issuer
 
@@ -113,9 +115,6 @@ func build(doc *yamlcheck.Doc, m *yamlcheck.Map) (*Config, error) {
 		m.Faultf("compute_env", "%q switches confidential computing off at NVFlare; only onprem_cvm is a CVM", v)
 	}
 	m.OneOf("cc_cpu_mechanism", "amd_sev_snp", "amd_sev_snp")
-	if m.Has("cc_gpu_mechanism") {
-		m.Faultf("cc_gpu_mechanism", "this version attests no GPU; remove the key, and the GPU authorizer from cc_issuers, to build without one")
-	}
 	c.Role = m.OneOf("role", "", "server", "client")
 
 	m.Required("docker_archive", "the image, saved by `docker save NAME | gzip > app.tar.gz`")
@@ -139,6 +138,10 @@ func build(doc *yamlcheck.Doc, m *yamlcheck.Map) (*Config, error) {
 
 	c.Network = network(m)
 	c.Attestation = attestation(m)
+	c.GPU = gpu(m, c.Network)
+	if c.Attestation.FailureAction == guestconfig.ActionGPUDisable && c.GPU == nil {
+		m.Faultf("cc_attestation", "failure_action gpu_disable needs GPUs: cc_gpu_mechanism, or the section gpu")
+	}
 	workload(c, m.Map("workload"))
 	c.Peers = peers(m.Map("peers"))
 	c.ACPITables = m.Strings("acpi_tables")
@@ -147,6 +150,7 @@ func build(doc *yamlcheck.Doc, m *yamlcheck.Map) (*Config, error) {
 			m.FaultItemf("acpi_tables", i, "%q is not the signature of an ACPI table, four capital letters such as SSDT", t)
 		}
 	}
+	c.VCEKs = m.Path("vceks")
 	c.API.KDS = m.String("kds_url", "")
 	if !m.Has("kds_url") && slices.Contains(c.Network.AllowedOutPorts, guestconfig.Port{Port: 443, Proto: "tcp"}) {
 		c.API.KDS = amdKDS
@@ -326,7 +330,7 @@ func attestation(m *yamlcheck.Map) guestconfig.Attestation {
 	return guestconfig.Attestation{
 		CheckFrequency:    int(freq),
 		MaxStaleness:      int(stale),
-		FailureAction:     a.OneOf("failure_action", guestconfig.ActionStopJob, guestconfig.ActionStopJob, guestconfig.ActionShutdown, guestconfig.ActionLog),
+		FailureAction:     a.OneOf("failure_action", guestconfig.ActionStopJob, guestconfig.ActionStopJob, guestconfig.ActionShutdown, guestconfig.ActionLog, guestconfig.ActionGPUDisable),
 		RestartOnRecovery: a.Bool("restart_on_recovery", false),
 	}
 }
@@ -356,7 +360,7 @@ func workload(c *Config, m *yamlcheck.Map) {
 	c.Profile = m.OneOf("profile", "", ProfileNames()...)
 	c.API.Resources = m.Strings("kbs_resources")
 	for _, r := range c.API.Resources {
-		if !guestconfig.ValidResourcePath(r) || strings.HasPrefix(r, "keys/root/") || strings.HasPrefix(r, "keys/canary/") {
+		if !guestconfig.ValidResourcePath(r) || strings.HasPrefix(r, "keys/root/") || strings.HasPrefix(r, "keys/canary/") || strings.HasPrefix(r, "keys/vault/") {
 			m.Faultf("kbs_resources", "%q is not repository/type/tag, or is what a CVM's disk is opened by", r)
 		}
 	}

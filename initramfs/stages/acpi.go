@@ -12,8 +12,6 @@ import (
 	"slices"
 	"strings"
 
-	"golang.org/x/sys/unix"
-
 	"coffer/internal/boot"
 )
 
@@ -76,39 +74,19 @@ func ignored(record string) (ACPITable, bool) {
 	return ACPITable{Name: name[:4] + "(ignored)"}, true
 }
 
-// kernelLog calls f with each record of /dev/kmsg.
-func kernelLog(f func(record string)) error {
-	fd, err := unix.Open("/dev/kmsg", unix.O_RDONLY|unix.O_NONBLOCK|unix.O_CLOEXEC, 0)
-	if err != nil {
-		return fmt.Errorf("read the kernel's log: %w", err)
-	}
-	defer unix.Close(fd)
-	record := make([]byte, 8192)
-	for {
-		n, err := unix.Read(fd, record)
-		switch {
-		case err == unix.EAGAIN: // that was the last one
-			return nil
-		case err == unix.EPIPE || err == unix.EINTR: // some were overwritten
-		case err != nil:
-			return fmt.Errorf("read the kernel's log: %w", err)
-		default:
-			f(string(record[:n]))
-		}
-	}
-}
-
 // acpiTablesOfKernel is all that the kernel has or has refused.
 func acpiTablesOfKernel() ([]ACPITable, error) {
 	tables, err := readACPITables("/sys/firmware/acpi/tables")
 	if err != nil {
 		return nil, err
 	}
-	return tables, kernelLog(func(record string) {
+	text, err := kernelLog()
+	for record := range strings.Lines(text) {
 		if t, ok := ignored(record); ok {
 			tables = append(tables, t)
 		}
-	})
+	}
+	return tables, err
 }
 
 // readACPITables reads /sys/firmware/acpi/tables, at dir.

@@ -108,6 +108,7 @@ func (g *guest) driver(ctx context.Context) error {
 	}
 	if err == nil {
 		if err := g.loadDriver(ctx, string(text)); err != nil {
+			g.tellDriver()
 			return err
 		}
 	}
@@ -136,6 +137,24 @@ func (g *guest) loadDriver(ctx context.Context, text string) error {
 		}
 	}
 	return nil
+}
+
+// tellDriver prints what the driver said last, which nobody could read otherwise.
+func (g *guest) tellDriver() {
+	const mark, most = "NVRM:", 10
+	text, err := g.KernelLog()
+	if err != nil {
+		g.log.Printf("coffer: %v", err)
+	}
+	var said []string
+	for line := range strings.Lines(text) {
+		if i := strings.Index(line, mark); i >= 0 {
+			said = append(said, strings.TrimSpace(line[i:]))
+		}
+	}
+	for _, line := range said[max(0, len(said)-most):] {
+		g.log.Printf("coffer: kernel: %s", line)
+	}
 }
 
 type module struct {

@@ -45,11 +45,12 @@ type Deps struct {
 	Sysctl     func(name, value string) error
 	// Lockdown locks the kernel down (integrity) where that is not done yet, and
 	// returns the mode in force.
-	Lockdown func() (mode string, err error)
-	Evidence func(platform, tee string) (evidence.Source, error)
-	Firewall func(firewall.Rules) error
-	Network  func(context.Context, *guestconfig.Static) (*netup.Network, error)
-	Lookup   func(ctx context.Context, host string) ([]netip.Addr, error)
+	Lockdown  func() (mode string, err error)
+	KernelLog func() (string, error)
+	Evidence  func(platform, tee string) (evidence.Source, error)
+	Firewall  func(firewall.Rules) error
+	Network   func(context.Context, *guestconfig.Static) (*netup.Network, error)
+	Lookup    func(ctx context.Context, host string) ([]netip.Addr, error)
 	// FetchKey returns the resource at kbs.KeyPath. It connects to peers only.
 	FetchKey func(ctx context.Context, kbs guestconfig.KBS, peers []netip.AddrPort, a kbsclient.Attester) ([]byte, error)
 	// OpenDisk returns the device of the decrypted payload.
@@ -172,6 +173,9 @@ func (g *guest) config(context.Context) error {
 func (g *guest) evidence(ctx context.Context) error {
 	var err error
 	if g.source, err = g.Evidence(g.cfg.Platform, g.cfg.TEE); err != nil {
+		return err
+	}
+	if err := evidence.Carry(g.source, g.cfg.VCEKs); err != nil {
 		return err
 	}
 	if g.cfg.TEE == evidence.TEESample {

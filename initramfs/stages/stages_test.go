@@ -140,6 +140,9 @@ func (m *machine) deps() Deps {
 		MountTSM:   func() error { return m.call("MountTSM") },
 		Sysctl:     func(name, value string) error { return m.call("Sysctl " + name + "=" + strings.TrimSpace(value)) },
 		Lockdown:   func() (string, error) { return m.mode, m.call("Lockdown") },
+		KernelLog: func() (string, error) {
+			return "<6>[    1.0] NET: up\n<4>[    9.1] NVRM: loading\n" + strings.Repeat("<4>[    9.1] NVRM: again\n", 10) + "<4>[    9.2] NVRM: No NVIDIA GPU found.\n", nil
+		},
 		Evidence: func(platform, tee string) (evidence.Source, error) {
 			return m.source, m.call("Evidence " + platform + " " + tee)
 		},
@@ -253,7 +256,14 @@ func TestDriver(t *testing.T) {
 		}
 	}
 
-	m := newMachine()
+	m := guest(1)
+	m.fail[nvidia+" NVreg_NvLinkDisable=1"] = syscall.ENODEV
+	m.boot(t.Context())
+	if text := m.console.String(); !strings.Contains(text, "coffer: kernel: NVRM: No NVIDIA GPU found.\n") || strings.Contains(text, "NVRM: loading") || strings.Contains(text, "NET") {
+		t.Errorf("what the driver said last is not on the console alone:\n%s", text)
+	}
+
+	m = newMachine()
 	m.driver = "/lib/modules/6.12/nvidia.ko\n"
 	m.boot(t.Context())
 	if m.did(nvidia) || !m.did("SwitchRoot") {

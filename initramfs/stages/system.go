@@ -39,6 +39,7 @@ func System() Deps {
 		MountTSM:   mountTSM,
 		Sysctl:     sysctl,
 		Lockdown:   lockdown,
+		KernelLog:  kernelLog,
 		Evidence:   evidence.Open,
 		Firewall:   firewall.Apply,
 		Network:    netup.Configure,
@@ -187,6 +188,20 @@ func lockdown() (mode string, err error) {
 	_, rest, _ := strings.Cut(string(text), "[")
 	mode, _, _ = strings.Cut(rest, "]")
 	return mode, nil
+}
+
+// kernelLog is as much of the kernel's log as it keeps, a record a line.
+func kernelLog() (string, error) {
+	const readAll, size = 3, 10 // SYSLOG_ACTION_...
+	n, err := unix.Klogctl(size, nil)
+	if err != nil {
+		return "", fmt.Errorf("read the kernel's log: %w", err)
+	}
+	b := make([]byte, n)
+	if n, err = unix.Klogctl(readAll, b); err != nil {
+		return "", fmt.Errorf("read the kernel's log: %w", err)
+	}
+	return string(b[:n]), nil
 }
 
 func fetchKey(ctx context.Context, kbs guestconfig.KBS, peers []netip.AddrPort, a kbsclient.Attester) ([]byte, error) {

@@ -55,6 +55,7 @@ const (
 	CodeImage          Code = "E_IMAGE"           // the image cannot be imported
 	CodeWorkload       Code = "E_WORKLOAD"        // the container cannot be started
 	CodeGPU            Code = "E_GPU"             // a GPU or its driver failed attestation
+	CodeVault          Code = "E_VAULT"           // /vault does not open with the key that the KBS has for it
 	CodeAttestation    Code = "E_ATTESTATION"     // an attestation round failed and the action is shutdown
 )
 

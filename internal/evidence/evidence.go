@@ -12,6 +12,7 @@ package evidence
 import (
 	"bytes"
 	"context"
+	"crypto/x509"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
@@ -65,6 +66,38 @@ type source struct {
 	fetch     fetch
 	derive    func(KeyRequest) ([]byte, error) // nil: cannot
 	busy      chan struct{}                    // holds one token while a fetch or derive runs
+	carried   []*x509.Certificate
+}
+
+// Carry gives a source certificates of chips, in DER: where one of them has signed
+// a report, it takes the place of what the host says. It is called before the
+// source is used. A source of another package has no use for them.
+func Carry(s Source, certs [][]byte) error {
+	own, ok := s.(*source)
+	for _, der := range certs {
+		c, err := x509.ParseCertificate(der)
+		if err != nil {
+			return fmt.Errorf("certificate of a chip: %w", err)
+		}
+		if ok {
+			own.carried = append(own.carried, c)
+		}
+	}
+	return nil
+}
+
+// table is the certificate table for a report to which the host gave one.
+func (s *source) table(report, host []byte) []byte {
+	r, err := snp.ParseReport(report)
+	if err != nil {
+		return host
+	}
+	for _, c := range s.carried {
+		if r.SignedBy(c) {
+			return snp.MarshalCertTable([]snp.Cert{{Type: snp.VCEK, Data: c.Raw}})
+		}
+	}
+	return host
 }
 
 func newSource(tee string, simulated bool, f fetch) *source {
@@ -104,7 +137,7 @@ func (s *source) Report(ctx context.Context, reportData [64]byte, vmpl int) ([]b
 		if a.err != nil {
 			return nil, nil, fmt.Errorf("attestation report at VMPL %d: %w", vmpl, a.err)
 		}
-		return a.report, a.certs, nil
+		return a.report, s.table(a.report, a.certs), nil
 	case <-ctx.Done():
 		return nil, nil, fmt.Errorf("attestation report at VMPL %d: no answer: %w", vmpl, ctx.Err())
 	}

@@ -9,6 +9,7 @@ package guestconfig
 
 import (
 	"bytes"
+	"crypto/x509"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -65,6 +66,9 @@ const (
 	ActionStopJob  = "stop_job"
 	ActionShutdown = "shutdown"
 	ActionLog      = "log"
+	// ActionGPUDisable takes the GPUs' leave to work back, until the guest restarts;
+	// the workload goes on.
+	ActionGPUDisable = "gpu_disable"
 )
 
 // How much of user_config the guest vouches for. The host can write to that drive.
@@ -91,6 +95,7 @@ type Config struct {
 	Peers       Peers       `json:"peers,omitzero"`
 	API         API         `json:"api,omitzero"`
 	GPU         *GPU        `json:"gpu,omitempty"`
+	VCEKs       [][]byte    `json:"vceks,omitempty"` // certificates of chips, DER, for hosts that give none
 	// ACPITables are signatures of tables that the host may give, besides those
 	// that every q35 machine has.
 	ACPITables []string `json:"acpi_tables,omitempty"`
@@ -360,7 +365,12 @@ func (c *Config) NFS() bool {
 	return slices.Contains(c.Network.AllowedOutPorts, Port{Port: 2049, Proto: "tcp"})
 }
 
-const maxResources = 64
+const (
+	maxResources = 64
+	// MaxVCEKs and MaxVCEK bound VCEKs, and one of them in bytes.
+	MaxVCEKs = 64
+	MaxVCEK  = 4 << 10
+)
 
 // faults are what is wrong with a profile.
 func (p Profile) faults() (faults []string) {
@@ -465,7 +475,8 @@ func (c *Config) Validate() error {
 	a := &c.Attestation
 	check(a.CheckFrequency >= 1 && a.CheckFrequency <= 86400, "attestation.check_frequency %d is not 1..86400 seconds", a.CheckFrequency)
 	check(a.MaxStaleness >= a.CheckFrequency && a.MaxStaleness <= 7*86400, "attestation.max_staleness %d is not check_frequency..604800 seconds", a.MaxStaleness)
-	check(slices.Contains([]string{ActionStopJob, ActionShutdown, ActionLog}, a.FailureAction), "attestation.failure_action %q is not stop_job, shutdown or log", a.FailureAction)
+	check(slices.Contains([]string{ActionStopJob, ActionShutdown, ActionLog, ActionGPUDisable}, a.FailureAction), "attestation.failure_action %q is not stop_job, shutdown, log or gpu_disable", a.FailureAction)
+	check(a.FailureAction != ActionGPUDisable || c.GPU != nil, "attestation.failure_action gpu_disable without gpu")
 
 	w := &c.Workload
 	check(w.ImageName != "" && len(w.ImageName) < 512, "workload.image_name is missing or too long")
@@ -486,6 +497,11 @@ func (c *Config) Validate() error {
 	}
 	for _, m := range c.Peers.Measurements {
 		check(isHex(m, 48), "peers.measurements: %q is not 96 hex characters", m)
+	}
+	check(len(c.VCEKs) <= MaxVCEKs, "vceks: %d, at most %d", len(c.VCEKs), MaxVCEKs)
+	for i, der := range c.VCEKs {
+		_, err := x509.ParseCertificate(der)
+		check(err == nil && len(der) <= MaxVCEK, "vceks[%d] is no certificate of at most %d bytes", i, MaxVCEK)
 	}
 	check(len(c.API.Resources) <= maxResources, "api.resources: %d, at most %d", len(c.API.Resources), maxResources)
 	for _, r := range c.API.Resources {

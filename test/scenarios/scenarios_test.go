@@ -55,6 +55,11 @@ func setup(t *testing.T) *line {
 // setupKBS is a line without bundles.
 func setupKBS(t *testing.T) *line {
 	t.Helper()
+	return startKBS(t, newEnv(t))
+}
+
+func newEnv(t *testing.T) *harness.Env {
+	t.Helper()
 	root, err := filepath.Abs("../..")
 	if err != nil {
 		t.Fatal(err)
@@ -66,10 +71,15 @@ func setupKBS(t *testing.T) *line {
 	}
 	testenv.LookTool(t, "qemu-system-x86_64")
 	testenv.LookTool(t, "qemu-io")
+	return env
+}
 
+func startKBS(t *testing.T, env *harness.Env) *line {
+	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), buildDeadline)
 	defer cancel()
 	l := &line{env: env}
+	var err error
 	if l.kbs, err = env.StartKBS(ctx, "kbs"); err != nil {
 		t.Fatal(err)
 	}

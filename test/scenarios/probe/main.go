@@ -255,6 +255,14 @@ func confinement() {
 	want("host-setuid", setuid("/user_data/setuid"))
 	b, err := os.ReadFile("/user_data/link")
 	say("host-symlink", "ok", fmt.Sprintf("%q %v", b, err))
+	var fs unix.Statfs_t
+	if err := unix.Statfs("/user_data", &fs); err == nil {
+		say("user_data", "ok", fmt.Sprintf("%.0f GB", float64(fs.Blocks)*float64(fs.Bsize)/1e9))
+	}
+	hosts, _ := os.ReadFile("/etc/hosts")
+	for line := range strings.Lines(string(hosts)) {
+		say("hosts", "ok", strings.Join(strings.Fields(line), " "))
+	}
 	mounts, _ := os.ReadFile("/proc/self/mountinfo")
 	for line := range strings.Lines(string(mounts)) {
 		f := strings.Fields(line)
