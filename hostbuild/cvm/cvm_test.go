@@ -542,3 +542,15 @@ func TestNoKBS(t *testing.T) {
 		t.Error("the output folder was made")
 	}
 }
+
+func TestCheckKernel(t *testing.T) {
+	for _, c := range []struct {
+		version, compression string
+		ok                   bool
+	}{{"6.12.117+deb12-cloud-amd64", "zstd", true}, {"6.10.0", "zstd", true}, {"7.0.1", "zstd", true}, {"6.1.0-49-amd64", "zstd", false}, {"5.19", "zstd", false},
+		{"", "zstd", false}, {"6.1.0-49-amd64", "lz4", true}, {"6.1.0-49-amd64", "", true}} {
+		if err := checkKernel(c.version, c.compression); (err == nil) != c.ok {
+			t.Errorf("%s on %s: %v", c.compression, c.version, err)
+		}
+	}
+}
