@@ -295,6 +295,13 @@ func fetch(ctx context.Context, p *Params, image *images.Image) (packages []Pack
 			return nil, nil, err
 		}
 	}
+	return fetchAll(ctx, p, image, f.fetch, InstalledOVMF)
+}
+
+// fetchAll fetches one package for each role. installed is the firmware to fall
+// back on.
+func fetchAll(ctx context.Context, p *Params, image *images.Image,
+	fetch func(ctx context.Context, role string, want images.Package) (Package, string, error), installed string) (packages []Package, debs map[string]string, err error) {
 	debs = map[string]string{}
 	for _, want := range []struct {
 		role string
@@ -303,11 +310,11 @@ func fetch(ctx context.Context, p *Params, image *images.Image) (packages []Pack
 		if want.role == roleFirmware && p.OVMF != "" {
 			continue
 		}
-		pkg, deb, err := f.fetch(ctx, want.role, want.Package)
+		pkg, deb, err := fetch(ctx, want.role, want.Package)
 		if err != nil && want.role == roleFirmware && p.Locked == "" && ctx.Err() == nil {
-			if _, missing := os.Stat(InstalledOVMF); missing == nil {
-				p.Log("the firmware's package cannot be had (%v): taking %s", err, InstalledOVMF)
-				p.OVMF = InstalledOVMF
+			if _, missing := os.Stat(installed); missing == nil {
+				p.Log("the firmware's package cannot be had (%v): taking %s", err, installed)
+				p.OVMF = installed
 				continue
 			}
 		}
