@@ -16,21 +16,23 @@ endif
 # What the guest runs must not depend on where or by whom it was built.
 CGO_BUILD := GOFLAGS= GOOS=linux GOARCH=amd64 GOAMD64=v1 $(GO) build -trimpath -buildvcs=false
 BUILD := CGO_ENABLED=0 $(CGO_BUILD)
-LDFLAGS := -s -w -buildid=
-MAINS := $(addprefix bin/,hostbuild init agent snpguest kbs-client simplatform demo bench)
+VERSION := 0.1.0
+LDFLAGS := -s -w -buildid= -X main.version=$(VERSION)
+MAINS := $(addprefix bin/,hostbuild init agent snpguest kbs-client simplatform demo bench manuals)
 GUEST := $(addprefix bin/,containerd containerd-shim-runc-v2 runc)
 BASES := build/base/snp/base.json build/base/simulated/base.json
 SOURCES := go.mod go.sum $(shell find agent cmd hostbuild images initramfs internal kbsclient test -type f ! -name '*_test.go' ! -path '*/testdata/*')
 
 PREFIX ?= /usr/local
 
-.PHONY: all deps base install test test-e2e test-oracles bench demo regorus fuzz lint clean test-nvflare test-trustee soak test-gpu-hw
+.PHONY: all deps base install deb test-deb test test-guest test-gpu test-nvidia test-e2e test-oracles bench demo regorus fuzz lint clean \
+	test-nvflare test-nvflare-e2e test-nvflare-boot test-trustee soak test-gpu-hw
 .DELETE_ON_ERROR:
 
 all: $(MAINS) $(GUEST) bin/init-simulated bin/agent-simulated bin/snpguest-simulated bin/cvm_build bin/demo-workload bin/bench-idle bin/gpu-helper
 
 $(MAINS) &: $(SOURCES)
-	$(BUILD) -ldflags "$(LDFLAGS)" -o bin/ ./cmd/hostbuild ./cmd/init ./cmd/agent ./cmd/snpguest ./cmd/kbs-client ./test/simplatform ./test/demo ./test/bench
+	$(BUILD) -ldflags "$(LDFLAGS)" -o bin/ ./cmd/hostbuild ./cmd/init ./cmd/agent ./cmd/snpguest ./cmd/kbs-client ./cmd/manuals ./test/simplatform ./test/demo ./test/bench
 	@touch $(MAINS)
 bin/%-simulated: $(SOURCES)
 	$(BUILD) -tags simulated -ldflags "$(LDFLAGS)" -o $@ ./cmd/$*
@@ -67,17 +69,59 @@ build/base/%/base.json: bin/hostbuild bin/init bin/agent bin/snpguest bin/init-s
 	$$(ls build/base/*/base.lock 2>/dev/null | head -n 1 | sed 's/^/--locked /')
 build/base/simulated/base.json: build/base/snp/base.json
 
-install: bin/hostbuild bin/kbs-client
+# `make all base` first, as a user; then this, which builds nothing any more.
+SHARE = $(DESTDIR)$(PREFIX)/share
+install: bin/hostbuild bin/kbs-client bin/manuals build/base/snp/base.json
 	install -D -t $(DESTDIR)$(PREFIX)/bin bin/hostbuild bin/kbs-client
 	ln -sf hostbuild $(DESTDIR)$(PREFIX)/bin/cvm_build
+	install -D -m 644 -t $(SHARE)/coffer docs/config.schema.json
+	install -D -m 644 -t $(SHARE)/doc/coffer README.md
+	install -D -m 644 -t $(SHARE)/doc/coffer/docs docs/*.md docs/*.yaml docs/*.json
+	bin/manuals $(SHARE) $(VERSION)
+	rm -rf $(DESTDIR)$(PREFIX)/lib/coffer/base/snp
+	install -d $(DESTDIR)$(PREFIX)/lib/coffer/base
+	cp -r --preserve=mode,timestamps build/base/snp $(DESTDIR)$(PREFIX)/lib/coffer/base/snp
 
-test test-e2e bench: DEPS += $(TEST_DEPS)
+# Debian 12 and 13, Ubuntu 24.04 and newer: hostbuild needs e2fsprogs alone.
+DEB := build/coffer_$(VERSION)_amd64.deb
+deb: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct)
+deb:
+	rm -rf build/deb
+	$(MAKE) install DESTDIR=$(CURDIR)/build/deb PREFIX=/usr
+	cd build/deb/usr/share && mkdir zsh/vendor-completions && mv zsh/site-functions/_hostbuild zsh/vendor-completions && rmdir zsh/site-functions && gzip -9n man/man1/*.1
+	install -d build/deb/DEBIAN
+	printf '%s\n' 'Package: coffer' 'Version: $(VERSION)' 'Architecture: amd64' 'Section: admin' 'Priority: optional' \
+	'Maintainer: Coffer developers <coffer@localhost>' "Installed-Size: $$(du -sk build/deb/usr | cut -f 1)" \
+	'Depends: e2fsprogs (>= 1.46)' 'Suggests: erofs-utils, debian-archive-keyring, qemu-system-x86, bash-completion' \
+	'Description: builder of confidential VM bundles for AMD SEV-SNP' \
+	' hostbuild makes a confidential VM out of a docker archive and a YAML file,' \
+	' gives its key and its rule to a Trustee KBS, and can be that KBS itself.' \
+	' The guest base (kernel, firmware, guest programs) is part of the package.' >build/deb/DEBIAN/control
+	chmod -R u+rwX,go+rX,go-w build/deb
+	dpkg-deb --root-owner-group -Zzstd -b build/deb $(DEB)
+# What is in the package, and that it works in a fresh root of SUITE: of this machine's
+# archive, or of SOURCE, a line of sources.list (for Ubuntu, with ubuntu-keyring installed).
+SUITE ?= bookworm
+SOURCE ?=
+test-deb: DEPS += mmdebstrap
+test-deb: deb | deps
+	COFFER_DEB=$(CURDIR)/$(DEB) COFFER_SUITE=$(SUITE) COFFER_SOURCE='$(SOURCE)' $(GO) test -count=1 -timeout 10m -v ./test/install
+
+test test-gpu test-nvidia test-e2e bench: DEPS += $(TEST_DEPS)
 
 # Units first; then the scenarios alone, since they time what QEMU does.
 test: all base deps
-	COFFER_TEST_OVMF=$(CURDIR)/build/base/snp/OVMF.amdsev.fd $(GO) test $$($(GO) list ./... | grep -v -e /test/scenarios -e /test/e2e -e /test/nvflare -e /test/trustee)
-	$(GO) test -count=1 -timeout 40m -v ./test/scenarios
+	COFFER_TEST_OVMF=$(CURDIR)/build/base/snp/OVMF.amdsev.fd $(GO) test $$($(GO) list ./... | grep -v -e /test/scenarios -e /test/e2e -e /test/nvflare -e /test/federation -e /test/trustee -e /test/install)
+	$(GO) test -count=1 -timeout 40m -v -skip '^Test(Guest|GPUs)' ./test/scenarios
 	env -u KBS_URL $(GO) test -count=1 -timeout 20m -v ./test/trustee
+# What a running guest withstands: its workload, its host, its network, its KBS.
+test-guest: all base deps
+	$(GO) test -count=1 -timeout 40m -v -run ^TestGuest ./test/scenarios
+test-gpu: all base deps
+	$(GO) test -count=1 -timeout 40m -v -run ^TestGPUs ./test/scenarios
+# NVIDIA's kernel modules, built and loaded; downloads 190 MB once, builds for minutes.
+test-nvidia: all base deps
+	COFFER_TEST_NVIDIA=1 $(GO) test -count=1 -timeout 90m -v -run ^TestNVIDIA ./test/scenarios
 test-e2e: all base deps
 	$(GO) test -count=1 -timeout 30m -v ./test/e2e
 # Against a Trustee of one's own that takes sample evidence: KBS_URL, KBS_CA,
@@ -106,6 +150,13 @@ test-nvflare: all base deps $(NVFLARE:%=build/nvflare/%/installed)
 build/nvflare/%/installed: | deps
 	python3 -m venv --clear $(@D)
 	$(@D)/bin/pip install -q nvflare==$* filelock # which SNPAuthorizer imports and nvflare does not require
+	@touch $@
+# docs/nvflare.md, command by command: a server, a site and an admin; or up to the site's join.
+test-nvflare-e2e test-nvflare-boot: all base deps build/nvflare/2.9.0/installed build/images/nvflare.tar.gz
+	$(GO) test -count=1 -timeout 40m -v -run '^Test$(if $(filter %-boot,$@),Boot,Federation)$$' ./test/federation
+build/images/nvflare.tar.gz: DEPS += mmdebstrap
+build/images/nvflare.tar.gz: build/nvflare/2.9.0/installed | deps
+	$(GO) run ./test/debimage/nvflare-image build/nvflare/2.9.0/bin/python3 $(@D)
 	@touch $@
 bench: all base deps
 	bin/bench

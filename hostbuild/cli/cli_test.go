@@ -23,7 +23,9 @@ import (
 	"golang.org/x/sys/unix"
 
 	"coffer/hostbuild/bundle"
+	"coffer/hostbuild/config"
 	"coffer/hostbuild/kbs"
+	"coffer/hostbuild/settings"
 	"coffer/internal/testenv"
 	"coffer/test/dockersave"
 	"coffer/test/fakebase"
@@ -77,6 +79,7 @@ func nvflareReader(argv []string) int {
 //
 //	$SETTINGS        settings of a build host; bundles go to $WORK/bundles
 //	$OTHER_ADMIN     the same with an admin key that the KBS does not know
+//	$KBS_URL, $BASE  address of the KBS, whose folder is $WORK/kbs; a guest base
 //	image FILE [PACKAGE...]          an archive, with Python packages
 //	two-images FILE                  an archive of two images
 //	truncate FILE SIZE               cuts a file
@@ -145,7 +148,7 @@ func TestScripts(t *testing.T) {
 }
 
 func example(ts *testscript.TestScript, _ bool, verb []string) {
-	c, rest, err := new(App).root().Find(verb)
+	c, rest, err := new(App).Command().Find(verb)
 	if err != nil || len(rest) > 0 {
 		ts.Fatalf("no verb %q: %v", verb, err)
 	}
@@ -168,11 +171,12 @@ func TestExamples(t *testing.T) {
 			t.Errorf("%s has no example", c.CommandPath())
 		}
 		for line := range strings.Lines(c.Example) {
-			words := strings.Fields(quoted.ReplaceAllString(line, "X"))
+			line, _, _ = strings.Cut(quoted.ReplaceAllString(line, "X"), "|")
+			words := strings.Fields(redirected.ReplaceAllString(line, ""))
 			if words[0] == "cvm_build" {
 				words = append([]string{"hostbuild", "cvm"}, words[1:]...)
 			}
-			root := app.root()
+			root := app.Command()
 			cmd, rest, err := root.Find(words[1:])
 			if err == nil {
 				err = cmd.ParseFlags(rest)
@@ -185,11 +189,13 @@ func TestExamples(t *testing.T) {
 			}
 		}
 	}
-	walk(app.root())
+	walk(app.Command())
 }
 
 // quoted is a word of shell that holds blanks.
-var quoted = regexp.MustCompile(`"[^"]*"|\$\([^)]*\)`)
+var quoted = regexp.MustCompile(`"[^"]*"|'[^']*'|\$\([^)]*\)`)
+
+var redirected = regexp.MustCompile(`[<>] ?[^ ]+`)
 
 func setup(e *testscript.Env, base string) error {
 	dir := filepath.Join(e.WorkDir, "kbs")
@@ -223,6 +229,8 @@ func setup(e *testscript.Env, base string) error {
 		e.Setenv(name, file)
 	}
 	e.Setenv("COFFER_SETTINGS", e.Getenv("SETTINGS"))
+	e.Setenv("KBS_URL", "https://"+l.Addr().String())
+	e.Setenv("BASE", base)
 	e.Setenv("HOME", e.WorkDir)
 	return nil
 }
@@ -280,4 +288,33 @@ func twoImages(path string) error {
 		return err
 	}
 	return os.WriteFile(path, b.Bytes(), 0o644)
+}
+
+// On a terminal, init asks for what is not said, again where nothing is answered.
+func TestInitAsks(t *testing.T) {
+	dir := t.TempDir()
+	t.Chdir(dir)
+	var out, errs bytes.Buffer
+	a := &App{Version: "test", Asks: true, Stdout: &out, Stderr: &errs,
+		Stdin: strings.NewReader("https://127.0.0.1:1\n\nca.pem\n~/admin.key\npolicy\napp: 1.tar.gz\n")}
+	t.Setenv("HOME", dir)
+	code := a.Run(context.Background(), []string{"hostbuild", "--settings", "settings.yaml", "init", "--base-dir", "base"})
+	if code != 1 || !strings.Contains(out.String(), "MISSING  kbs.ca") { // there is none
+		t.Errorf("code %d, %s%s", code, out.String(), errs.String())
+	}
+	if n := strings.Count(errs.String(), "PEM file of the authority"); n != 2 {
+		t.Errorf("an empty answer is asked again %d times: %q", n-1, errs.String())
+	}
+	s, err := settings.Read("settings.yaml")
+	if err != nil || s.KBSURL != "https://127.0.0.1:1" || s.KBSCA != filepath.Join(dir, "ca.pem") || s.AdminKey != filepath.Join(dir, "admin.key") {
+		t.Errorf("%+v, %v", s, err)
+	}
+	c, err := config.Read("CONFIG.yaml")
+	if err != nil || c.DockerArchive != filepath.Join(dir, "app: 1.tar.gz") || len(c.Warnings) != 0 {
+		t.Errorf("%+v, %v", c, err)
+	}
+	a.Stdin = strings.NewReader("https://127.0.0.1:1\n")
+	if code := a.Run(context.Background(), []string{"hostbuild", "--settings", "cut.yaml", "init"}); code != 1 {
+		t.Errorf("answers that end: code %d", code)
+	}
 }

@@ -21,11 +21,15 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"net"
 	"os"
 	"path"
 	"path/filepath"
 	"slices"
+	"strconv"
 	"strings"
+
+	"coffer/internal/guestconfig"
 )
 
 const (
@@ -45,6 +49,7 @@ var modules = map[string]string{
 // Kit is a startup kit that passed Check.
 type Kit struct {
 	dir  string
+	role string   // "server" or "client"
 	own  []string // ids of the site's own issuers
 	auth []component
 }
@@ -71,7 +76,7 @@ func Check(dir string, issuers []string) (*Kit, error) {
 	if role == "" {
 		return nil, fmt.Errorf("%s is no startup kit of an NVFlare server or client: it has neither startup/fed_server.json nor startup/fed_client.json; let `nvflare provision` set user_config.nvflare", dir)
 	}
-	k := &Kit{dir: dir, own: issuers}
+	k := &Kit{dir: dir, role: role, own: issuers}
 	all, err := readComponents(dir)
 	if err != nil {
 		return nil, err
@@ -111,6 +116,30 @@ func (k *Kit) CheckImage(installed []string) error {
 			module, c.ID, c.Path, filepath.Join(k.dir, c.file), strings.ReplaceAll(module, "_", "-"), why))
 	}
 	return errors.Join(errs...)
+}
+
+// ShutPort says which port of the federation's server the guest's firewall would
+// shut, given its open ports; "" where there is none or the kit names no port.
+func (k *Kit) ShutPort(in, out []guestconfig.Port) string {
+	data, err := readSmall(filepath.Join(k.dir, "startup", "fed_"+k.role+".json"))
+	var doc struct {
+		Servers []struct{ Service struct{ Target string } }
+	}
+	if err != nil || json.Unmarshal(data, &doc) != nil {
+		return ""
+	}
+	key, does, open := "allowed_out_ports", "connects to", out
+	if k.role == "server" {
+		key, does, open = "allowed_ports", "is reached at", in
+	}
+	for _, s := range doc.Servers {
+		_, text, _ := net.SplitHostPort(s.Service.Target)
+		port, err := strconv.ParseUint(text, 10, 16)
+		if err == nil && !slices.Contains(open, guestconfig.Port{Port: uint16(port), Proto: "tcp"}) {
+			return fmt.Sprintf("%s has no %d: this site %s %s, and the guest's firewall will shut it", key, port, does, s.Service.Target)
+		}
+	}
+	return ""
 }
 
 func readComponents(dir string) ([]component, error) {

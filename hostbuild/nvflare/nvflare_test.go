@@ -6,6 +6,7 @@ import (
 	"strings"
 	"testing"
 
+	"coffer/internal/guestconfig"
 	"coffer/test/flarekit"
 )
 
@@ -87,5 +88,29 @@ func TestCheckImage(t *testing.T) {
 	err = k.CheckImage([]string{"nv_attestation_sdk"})
 	if err == nil || !strings.Contains(err.Error(), "no Python module filelock") || strings.Contains(err.Error(), "another site") {
 		t.Errorf("its own authorizer: %v", err)
+	}
+}
+
+// The guide's own client opens no port, and would never reach its server.
+func TestShutPort(t *testing.T) {
+	open := []guestconfig.Port{{Port: 443, Proto: "tcp"}, {Port: 8002, Proto: "tcp"}}
+	shut := []guestconfig.Port{{Port: 443, Proto: "tcp"}, {Port: 8002, Proto: "udp"}}
+	for _, tc := range []struct {
+		role    string
+		in, out []guestconfig.Port
+		want    string
+	}{
+		{"client", nil, open, ""},
+		{"client", open, shut, "allowed_out_ports has no 8002: this site connects to server1:8002"},
+		{"server", open, nil, ""},
+		{"server", shut, open, "allowed_ports has no 8002: this site is reached at server1:8002"},
+	} {
+		k, err := Check(makeKit(t, flarekit.Kit{Role: tc.role}), nil)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if got := k.ShutPort(tc.in, tc.out); !strings.HasPrefix(got, tc.want) || tc.want == "" && got != "" {
+			t.Errorf("%s, %v, %v: %q, want %q", tc.role, tc.in, tc.out, got, tc.want)
+		}
 	}
 }

@@ -62,7 +62,7 @@ func (k Kit) Make(dir string) error {
 	}{
 		{"readme.txt", 0o644, "A kit.\n"},
 		{"local/resources.json.default", 0o644, "{}\n"},
-		{"startup/fed_" + k.Role + ".json", 0o644, `{"format_version": 2}` + "\n"},
+		{"startup/fed_" + k.Role + ".json", 0o644, `{"format_version": 2, "servers": [{"service": {"target": "server1:8002"}}]}` + "\n"},
 		{"startup/rootCA.pem", 0o644, root},
 		{"startup/" + k.Role + ".key", 0o600, "not a key\n"},
 		{"startup/sub_start.sh", 0o755, "#!/usr/bin/env bash\n"},
