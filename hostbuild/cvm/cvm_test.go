@@ -543,6 +543,25 @@ func TestNoKBS(t *testing.T) {
 	}
 }
 
+// So does a policy folder whose rules cannot be read.
+func TestDamagedPolicy(t *testing.T) {
+	r := newRig(t)
+	r.build(t)
+	path := filepath.Join(r.settings.PolicyDir, "policy.rego")
+	text, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, bytes.Replace(text, []byte(`"paths"`), []byte(`"path"`), 1), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	p := r.params(t)
+	p.Progress = func(stage string, _, _ int64) { t.Errorf("the work began: %s", stage) }
+	if _, err := Build(t.Context(), p); err == nil || !strings.Contains(err.Error(), path) {
+		t.Errorf("error %v", err)
+	}
+}
+
 func TestCheckKernel(t *testing.T) {
 	for _, c := range []struct {
 		version, compression string
