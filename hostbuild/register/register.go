@@ -85,8 +85,12 @@ func raise(settings map[string]policy.TCB, cvm policy.TCB) map[string]policy.TCB
 	return min
 }
 
-// Check asks the KBS for its policy, which it gives to its admin alone.
+// Check asks the KBS for its policy, which it gives to its admin alone, and reads
+// the rules in the policy folder.
 func (r *Registrar) Check(ctx context.Context) error {
+	if _, err := r.folder.Rules(); err != nil {
+		return err
+	}
 	_, err := r.admin.ResourcePolicy(ctx)
 	if err != nil && !errors.Is(err, kbsclient.ErrNotSupported) {
 		return fmt.Errorf("%s: %w", r.where, err)
