@@ -11,7 +11,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strings"
 
@@ -341,9 +340,6 @@ func packTree(ctx context.Context, tree string) ([]byte, error) {
 	}
 	return os.ReadFile(out)
 }
-
-// cpus is how many jobs a build runs.
-func cpus() int { return runtime.GOMAXPROCS(0) }
 
 // checkProgram keeps simulation code out of a production base. It is told by
 // the build tag that Go records in a program.
