@@ -138,7 +138,8 @@ func (r *Registrar) ForgetCVM(ctx context.Context, rule policy.Rule) error {
 		if !strings.HasPrefix(p, "keys/") {
 			continue // a resource that people have put there
 		}
-		if derr := r.admin.DeleteResource(ctx, p); derr != nil && !errors.Is(derr, kbsclient.ErrNotSupported) {
+		derr := r.admin.DeleteResource(ctx, p)
+		if derr != nil && !errors.Is(derr, kbsclient.ErrNotSupported) && !errors.Is(derr, kbsclient.ErrNoResource) {
 			err = errors.Join(err, derr)
 		}
 	}
