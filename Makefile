@@ -3,7 +3,7 @@
 # Debian packages that building and the demo need, and what tests need besides;
 # `make deps` installs those that are missing.
 DEPS := gcc libc6-dev pkg-config libseccomp-dev debian-archive-keyring qemu-system-x86 qemu-utils e2fsprogs erofs-utils
-TEST_DEPS := cryptsetup-bin nftables busybox-static mmdebstrap shellcheck skopeo nfs-ganesha nfs-ganesha-mem
+TEST_DEPS := cryptsetup-bin nftables busybox-static mmdebstrap shellcheck skopeo jq nfs-ganesha nfs-ganesha-mem
 FUZZTIME ?= 20s
 
 # sudo and cron often know no PATH to a Go that is not Debian's.
@@ -16,21 +16,23 @@ endif
 # What the guest runs must not depend on where or by whom it was built.
 CGO_BUILD := GOFLAGS= GOOS=linux GOARCH=amd64 GOAMD64=v1 $(GO) build -trimpath -buildvcs=false
 BUILD := CGO_ENABLED=0 $(CGO_BUILD)
-LDFLAGS := -s -w -buildid=
-MAINS := $(addprefix bin/,hostbuild init agent snpguest kbs-client simplatform demo bench)
+VERSION := 0.1.0
+LDFLAGS := -s -w -buildid= -X main.version=$(VERSION)
+MAINS := $(addprefix bin/,hostbuild init agent snpguest kbs-client simplatform demo bench manuals)
 GUEST := $(addprefix bin/,containerd containerd-shim-runc-v2 runc)
 BASES := build/base/snp/base.json build/base/simulated/base.json
 SOURCES := go.mod go.sum $(shell find agent cmd hostbuild images initramfs internal kbsclient test -type f ! -name '*_test.go' ! -path '*/testdata/*')
 
 PREFIX ?= /usr/local
 
-.PHONY: all deps base install test test-e2e test-oracles bench demo regorus fuzz lint clean test-nvflare test-trustee soak test-gpu-hw test-nvflare-e2e test-nvflare-boot
+.PHONY: all deps base install deb test-deb test test-guest test-gpu test-nvidia test-e2e test-oracles bench demo regorus fuzz lint clean \
+	test-nvflare test-nvflare-e2e test-nvflare-boot test-trustee soak test-gpu-hw
 .DELETE_ON_ERROR:
 
 all: $(MAINS) $(GUEST) bin/init-simulated bin/agent-simulated bin/snpguest-simulated bin/cvm_build bin/demo-workload bin/bench-idle bin/gpu-helper
 
 $(MAINS) &: $(SOURCES)
-	$(BUILD) -ldflags "$(LDFLAGS)" -o bin/ ./cmd/hostbuild ./cmd/init ./cmd/agent ./cmd/snpguest ./cmd/kbs-client ./test/simplatform ./test/demo ./test/bench
+	$(BUILD) -ldflags "$(LDFLAGS)" -o bin/ ./cmd/hostbuild ./cmd/init ./cmd/agent ./cmd/snpguest ./cmd/kbs-client ./cmd/manuals ./test/simplatform ./test/demo ./test/bench
 	@touch $(MAINS)
 bin/%-simulated: $(SOURCES)
 	$(BUILD) -tags simulated -ldflags "$(LDFLAGS)" -o $@ ./cmd/$*
@@ -67,17 +69,59 @@ build/base/%/base.json: bin/hostbuild bin/init bin/agent bin/snpguest bin/init-s
 	$$(ls build/base/*/base.lock 2>/dev/null | head -n 1 | sed 's/^/--locked /')
 build/base/simulated/base.json: build/base/snp/base.json
 
-install: bin/hostbuild bin/kbs-client
+# `make all base` first, as a user; then this, which builds nothing any more.
+SHARE = $(DESTDIR)$(PREFIX)/share
+install: bin/hostbuild bin/kbs-client bin/manuals build/base/snp/base.json
 	install -D -t $(DESTDIR)$(PREFIX)/bin bin/hostbuild bin/kbs-client
 	ln -sf hostbuild $(DESTDIR)$(PREFIX)/bin/cvm_build
+	install -D -m 644 -t $(SHARE)/coffer docs/config.schema.json
+	install -D -m 644 -t $(SHARE)/doc/coffer README.md
+	install -D -m 644 -t $(SHARE)/doc/coffer/docs docs/*.md docs/*.yaml docs/*.json
+	bin/manuals $(SHARE) $(VERSION)
+	rm -rf $(DESTDIR)$(PREFIX)/lib/coffer/base/snp
+	install -d $(DESTDIR)$(PREFIX)/lib/coffer/base
+	cp -r --preserve=mode,timestamps build/base/snp $(DESTDIR)$(PREFIX)/lib/coffer/base/snp
 
-test test-e2e bench: DEPS += $(TEST_DEPS)
+# Debian 12 and 13, Ubuntu 24.04 and newer: hostbuild needs e2fsprogs alone.
+DEB := build/coffer_$(VERSION)_amd64.deb
+deb: export SOURCE_DATE_EPOCH ?= $(shell git log -1 --format=%ct)
+deb:
+	rm -rf build/deb
+	$(MAKE) install DESTDIR=$(CURDIR)/build/deb PREFIX=/usr
+	cd build/deb/usr/share && mkdir zsh/vendor-completions && mv zsh/site-functions/_hostbuild zsh/vendor-completions && rmdir zsh/site-functions && gzip -9n man/man1/*.1
+	install -d build/deb/DEBIAN
+	printf '%s\n' 'Package: coffer' 'Version: $(VERSION)' 'Architecture: amd64' 'Section: admin' 'Priority: optional' \
+	'Maintainer: Coffer developers <coffer@localhost>' "Installed-Size: $$(du -sk build/deb/usr | cut -f 1)" \
+	'Depends: e2fsprogs (>= 1.46)' 'Suggests: erofs-utils, debian-archive-keyring, qemu-system-x86, bash-completion' \
+	'Description: builder of confidential VM bundles for AMD SEV-SNP' \
+	' hostbuild makes a confidential VM out of a docker archive and a YAML file,' \
+	' gives its key and its rule to a Trustee KBS, and can be that KBS itself.' \
+	' The guest base (kernel, firmware, guest programs) is part of the package.' >build/deb/DEBIAN/control
+	chmod -R u+rwX,go+rX,go-w build/deb
+	dpkg-deb --root-owner-group -Zzstd -b build/deb $(DEB)
+# What is in the package, and that it works in a fresh root of SUITE: of this machine's
+# archive, or of SOURCE, a line of sources.list (for Ubuntu, with ubuntu-keyring installed).
+SUITE ?= bookworm
+SOURCE ?=
+test-deb: DEPS += mmdebstrap
+test-deb: deb | deps
+	COFFER_DEB=$(CURDIR)/$(DEB) COFFER_SUITE=$(SUITE) COFFER_SOURCE='$(SOURCE)' $(GO) test -count=1 -timeout 10m -v ./test/install
+
+test test-gpu test-nvidia test-e2e bench: DEPS += $(TEST_DEPS)
 
 # Units first; then the scenarios alone, since they time what QEMU does.
 test: all base deps
-	COFFER_TEST_OVMF=$(CURDIR)/build/base/snp/OVMF.amdsev.fd $(GO) test $$($(GO) list ./... | grep -v -e /test/scenarios -e /test/e2e -e /test/nvflare -e /test/federation -e /test/trustee)
-	$(GO) test -count=1 -timeout 40m -v ./test/scenarios
+	COFFER_TEST_OVMF=$(CURDIR)/build/base/snp/OVMF.amdsev.fd $(GO) test $$($(GO) list ./... | grep -v -e /test/scenarios -e /test/e2e -e /test/nvflare -e /test/federation -e /test/trustee -e /test/install)
+	$(GO) test -count=1 -timeout 40m -v -skip '^Test(Guest|GPUs)' ./test/scenarios
 	env -u KBS_URL $(GO) test -count=1 -timeout 20m -v ./test/trustee
+# What a running guest withstands: its workload, its host, its network, its KBS.
+test-guest: all base deps
+	$(GO) test -count=1 -timeout 40m -v -run ^TestGuest ./test/scenarios
+test-gpu: all base deps
+	$(GO) test -count=1 -timeout 40m -v -run ^TestGPUs ./test/scenarios
+# NVIDIA's kernel modules, built and loaded; downloads 190 MB once, builds for minutes.
+test-nvidia: all base deps
+	COFFER_TEST_NVIDIA=1 $(GO) test -count=1 -timeout 90m -v -run ^TestNVIDIA ./test/scenarios
 test-e2e: all base deps
 	$(GO) test -count=1 -timeout 30m -v ./test/e2e
 # Against a Trustee of one's own that takes sample evidence: KBS_URL, KBS_CA,
@@ -89,18 +133,17 @@ test-trustee: all base deps
 SOAK ?= 10m
 soak: bin/hostbuild bin/simplatform
 	$(GO) run ./test/soak -for $(SOAK)
-# What others compute of the same inputs: sev-snp-measure of PyPI, in build/oracles.
-test-oracles:
-	@test -x build/oracles/bin/sev-snp-measure || { python3 -m venv build/oracles && build/oracles/bin/pip install -q sev-snp-measure==0.0.13; } || \
-	{ echo "test-oracles: SKIPPED: no python3 with venv and pip, or no package index"; exit 0; }; \
+# What others compute of the same inputs: sev-snp-measure of PyPI, and snpguest, which
+# takes cargo 6 minutes of CPU time; what that answers to us lies in internal/snpguest/testdata, too.
+test-oracles: deps
+	@test -x build/oracles/bin/sev-snp-measure || { python3 -m venv build/oracles && build/oracles/bin/pip install -q sev-snp-measure==0.0.13; }
+	@test -x build/oracles/bin/snpguest || cargo install -q snpguest --version 0.9.2 --locked --root build/oracles || echo "test-oracles: SKIPPED: snpguest: no cargo, or no crate index"
 	PATH=$(CURDIR)/build/oracles/bin:$$PATH COFFER_TEST_OVMF=$(wildcard $(CURDIR)/build/base/snp/OVMF.amdsev.fd) \
-	$(GO) test -count=1 -v -run Oracle ./internal/measure ./internal/snp/idblock
-	@test -x build/oracles/bin/snpguest || cargo install -q snpguest --version 0.9.2 --locked --root build/oracles || \
-	{ echo "test-oracles: SKIPPED: no cargo, or no crate index"; exit 0; }; \
-	COFFER_SNPGUEST_ORACLE=$(CURDIR)/build/oracles/bin/snpguest $(GO) test -count=1 -v ./internal/snpguest
+	COFFER_SNPGUEST_ORACLE=$(CURDIR)/build/oracles/bin/snpguest $(GO) test -count=1 -v -run Oracle ./internal/measure ./internal/snp/idblock
+	@test ! -x build/oracles/bin/snpguest || COFFER_SNPGUEST_ORACLE=$(CURDIR)/build/oracles/bin/snpguest $(GO) test -count=1 ./internal/snpguest
 # The real NVFlare from PyPI calls our cvm_build.
 NVFLARE := 2.9.0 2.7.3
-test-nvflare: DEPS += $(shell python3 -c 'import ensurepip' 2>/dev/null || echo python3-venv)
+test-nvflare test-oracles: DEPS += $(shell python3 -c 'import ensurepip' 2>/dev/null || echo python3-venv)
 test-nvflare: all base deps $(NVFLARE:%=build/nvflare/%/installed)
 	COFFER_NVFLARE_VENV=$(CURDIR)/build/nvflare/$(firstword $(NVFLARE)) $(GO) test -count=1 -v -run NVFlare ./agent/api
 	$(GO) test -count=1 -timeout 20m -v ./test/nvflare
@@ -127,8 +170,9 @@ test-gpu-hw: # on a machine with an NVIDIA GPU; reads only
 	@lib=$$(/sbin/ldconfig -p | sed -n 's|.*libnvidia-ml.so.1 (libc6,x86-64).*=> ||p' | head -n 1); \
 	test -n "$$lib" || { echo "test-gpu-hw: no libnvidia-ml.so.1: no NVIDIA driver is installed"; exit 1; }; \
 	COFFER_GPU_LIBRARY=$$lib $(GO) test -count=1 -v -run '^TestHardware$$' ./internal/gpu/helper
-fuzz:
-	@grep -rlE '^func Fuzz' --include='*_test.go' . | sort | while read -r file; do \
+FUZZ ?= .
+fuzz: # FUZZTIME for each target below the folders FUZZ
+	@grep -rlE '^func Fuzz' --include='*_test.go' $(FUZZ) | sort | while read -r file; do \
 	for target in $$(sed -n 's/^func \(Fuzz[A-Za-z0-9_]*\)(.*/\1/p' $$file); do \
 	echo "fuzz: $$file $$target"; $(GO) test -run '^$$' -fuzz "^$$target$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 20x ./$$(dirname $$file) </dev/null || exit 1; done; done
 lint:

@@ -1,4 +1,4 @@
-// Package agent is what a guest does after its init: PID 1 of the verity root.
+// Package agent is what a guest does after its init, as the one child of PID 1.
 // It mounts what the workload needs, opens exactly the ports of the guest
 // config, runs the image's container, and attests: once before the workload
 // starts, then again and again for as long as it runs.
@@ -26,6 +26,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"sync"
 	"time"
 
@@ -35,6 +36,7 @@ import (
 	"coffer/agent/drives"
 	"coffer/agent/gpus"
 	"coffer/agent/nfs"
+	"coffer/agent/nvidia"
 	"coffer/agent/profile"
 	"coffer/agent/workload"
 	"coffer/internal/boot"
@@ -71,10 +73,12 @@ type Deps struct {
 	Share      func(drive string) error // mounts below it show up in containers
 	NFS        nfs.Sys
 	Overlay    func(target string, layers ...string) error
+	OpenVault  func(dir string, key []byte) error // a folder that has a key of its own
 	Evidence   func(platform, tee string) (evidence.Source, error)
 	KBS        func(cfg guestconfig.KBS, dial Dial) (KBS, error)
 	StartChild func(*exec.Cmd) (wait func() error, err error)
 	GPUs       func(c *guestconfig.GPU, run string, start func(*exec.Cmd) (func() error, error), printf func(string, ...any)) (*gpus.Guard, error)
+	NVIDIA     nvidia.Driver        // the GPUs' kernel driver; the zero value is none
 	Now        func() time.Duration // since the kernel's start, suspended time included
 	Stop       <-chan string        // someone asks for an orderly stop, and why
 	// PowerOff powers the machine off at once. It does not return.
@@ -105,6 +109,7 @@ type agent struct {
 	nfsDone  <-chan struct{} // closed when the export is unmounted; nil: no NFS
 	job      *workload.Supervisor
 	loop     *attest.Loop
+	cpu      int64 // processor time at the last round's end
 
 	configSource string // what the workload sees as /user_config
 }
@@ -119,9 +124,10 @@ func (a *agent) phases() []boot.Phase {
 		{Name: "drives", Deadline: 60 * s, Code: boot.CodeDrive, Run: a.drives},
 		{Name: "user_config", Deadline: 60 * s, Code: boot.CodeUserConfig, Run: a.userConfig},
 		{Name: "api", Deadline: 10 * s, Code: boot.CodeInternal, Run: a.serve},
+		{Name: "gpu", Deadline: 20 * s, Code: boot.CodeGPU, Run: a.gpuDevices},
 		{Name: "containerd", Deadline: 40 * s, Code: boot.CodeContainerd, Run: a.containerd},
 		{Name: "image", Deadline: 60 * s, Code: boot.CodeImage, Run: a.container},
-		{Name: "attest", Deadline: firstWithin + roundTime + 10*s, Code: boot.CodeAttestation, Run: a.attest},
+		{Name: "attest", Deadline: firstWithin + roundTime + gpuTime(0) + 10*s, Code: boot.CodeAttestation, Run: a.attest},
 		{Name: "workload", Deadline: startTime + 30*s, Code: boot.CodeWorkload, Run: a.workload},
 	}
 }
@@ -295,6 +301,9 @@ func (a *agent) takeOver(context.Context) error {
 		return err
 	}
 	source, err := a.Evidence(a.cfg.Platform, a.cfg.TEE)
+	if err == nil {
+		err = evidence.Carry(source, a.cfg.VCEKs)
+	}
 	if err != nil {
 		return boot.Fail(boot.CodeEvidence, err)
 	}
@@ -302,8 +311,9 @@ func (a *agent) takeOver(context.Context) error {
 	if err != nil {
 		return err
 	}
-	a.verifier = &verifier{kbs: kbs, net: a.net, source: source, canary: a.cfg.KBS.CanaryPath}
+	a.verifier = &verifier{kbs: kbs, net: a.net, source: source, canary: a.cfg.KBS.CanaryPath, release: a.openVault}
 	if a.cfg.GPU != nil {
+		a.verifier.vaultKey = a.cfg.GPU.VaultKeyPath
 		if a.verifier.gpus, err = a.GPUs(a.cfg.GPU, a.Paths.Run, a.StartChild, a.log.Printf); err != nil {
 			return boot.Fail(boot.CodeGPU, err)
 		}
@@ -313,7 +323,8 @@ func (a *agent) takeOver(context.Context) error {
 
 // ports opens the workload's ports. Until here only the KBS was reachable.
 func (a *agent) ports(context.Context) error {
-	a.log.Printf("coffer: allowed ports in=%s out=%s, and out to the KBS and the resolvers", portList(a.cfg.Network.AllowedPorts), portList(a.cfg.Network.AllowedOutPorts))
+	a.log.Printf("coffer: allowed ports in=%s out=%s", portList(a.cfg.Network.AllowedPorts), portList(a.cfg.Network.AllowedOutPorts))
+	a.log.Printf("coffer: the guest's own ports out=%s", strings.Join(a.net.own(), ","))
 	return a.net.apply()
 }
 
@@ -363,6 +374,9 @@ func (a *agent) drives(ctx context.Context) error {
 	go os.RemoveAll(trash)
 	if err := os.Mkdir(a.writable(), 0o755); err != nil {
 		return err
+	}
+	if g := a.cfg.GPU; g != nil && g.VaultKeyPath != "" {
+		return nil // see openVault
 	}
 	// Only the container sees it; which of its users may is its own business.
 	if err := os.Mkdir(a.vault(), 0o700); err == nil {
@@ -446,14 +460,17 @@ func (a *agent) container(ctx context.Context) error {
 		Args:       w.Args,
 		Env:        w.Env,
 		MemoryMiB:  w.MemoryMiB,
+		CPUPercent: w.CPUPercent,
 		PidsMax:    w.PidsMax,
 		TmpMiB:     w.TmpMiB,
 		Binds:      binds,
 		Path:       "/host/bin",
+		TaskDir:    a.daemon.TaskDir("workload"),
 		FIFODir:    filepath.Join(p.Run, "coffer", "fifo"),
 		RuncRoot:   filepath.Join(p.Run, "runc"),
 		Stdout:     a.logs.stream(a.output, first),
 		Stderr:     a.logs.stream(a.output, first),
+		Devices:    a.gpuAccess(),
 	})
 	if err != nil {
 		return boot.Fail(boot.CodeWorkload, err)
@@ -497,10 +514,19 @@ func (a *agent) attest(ctx context.Context) error {
 		Printf:    a.log.Printf,
 		Start:     a.startWorkload,
 		Stop:      func(ctx context.Context) error { return a.job.Kill(ctx) },
+		Disable:   a.disableGPUs,
 		Now:       a.Now,
-		RoundTime: roundTime + a.gpuTime(), StartTime: startTime, StopTime: stopTime,
+		RoundTime: a.roundTime(), StartTime: startTime, StopTime: stopTime,
 	}
 	return a.loop.First(ctx)
+}
+
+// roundTime is how long a round may take.
+func (a *agent) roundTime() time.Duration {
+	if a.cfg.GPU == nil {
+		return roundTime
+	}
+	return roundTime + gpuTime(a.cfg.GPU.Count)
 }
 
 func (a *agent) workload(ctx context.Context) error { return a.loop.Started(ctx) }

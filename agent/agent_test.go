@@ -243,6 +243,7 @@ func TestLife(t *testing.T) {
 	if err := os.MkdirAll(g.dir+"/scratch/upper/old", 0o755); err != nil {
 		t.Fatal(err)
 	}
+	g.cfg.API.KDS = "https://kds.example"
 	lines := g.end(g.start())
 	g.last(lines, `coffer: power off reason="workload exited code=7" platform=simulated`)
 
@@ -252,11 +253,12 @@ func TestLife(t *testing.T) {
 			phases = append(phases, strings.Fields(name)[0])
 		}
 	}
-	if want := strings.Fields("system handover ports drives user_config api containerd image attest workload"); !slices.Equal(phases, want) {
+	if want := strings.Fields("system handover ports drives user_config api gpu containerd image attest workload"); !slices.Equal(phases, want) {
 		t.Errorf("phases %v, want %v", phases, want)
 	}
 	for _, want := range []string{
-		"coffer: allowed ports in=8002/tcp out=443/tcp, and out to the KBS and the resolvers platform=simulated",
+		"coffer: allowed ports in=8002/tcp out=443/tcp platform=simulated",
+		"coffer: the guest's own ports out=kbs:kbs.example:8999/tcp,dns:10.0.2.3:53/udp+tcp,kds:https://kds.example platform=simulated",
 		`attestation round=1 verdict=pass reason="" platform=simulated`,
 		"workload: hello", "workload: coffer: FAILED phase=fake", "workload: no endkept",
 	} {

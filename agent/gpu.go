@@ -14,7 +14,10 @@ import (
 	"path/filepath"
 	"time"
 
+	"github.com/containerd/containerd/v2/pkg/oci"
+
 	"coffer/agent/gpus"
+	"coffer/agent/vault"
 	"coffer/internal/gpu"
 	"coffer/internal/gpu/certs"
 	"coffer/internal/gpu/helper"
@@ -99,16 +102,55 @@ func gpuRoot(text string, builtIn func() *x509.Certificate) (*x509.Certificate, 
 	return list[0], nil
 }
 
-// gpuTime is what a round's GPUs may add to its time.
-func (a *agent) gpuTime() time.Duration {
-	if a.cfg.GPU == nil {
-		return 0
-	}
-	n := a.cfg.GPU.Count
+// gpuTime is what the GPUs may add to a round's time: n of them, 0 for as many as
+// there can be.
+func gpuTime(n int) time.Duration {
 	if n == 0 {
 		n = gpu.MaxDevices
 	}
 	return helper.DefaultTimeout(helper.OpCollect, n)
+}
+
+// gpuDevices makes the GPUs ready to be asked.
+func (a *agent) gpuDevices(ctx context.Context) error {
+	if a.verifier.gpus == nil {
+		return nil
+	}
+	if err := a.NVIDIA.MakeNodes(); err != nil {
+		return err
+	}
+	a.verifier.gpus.Prepare(ctx)
+	return nil
+}
+
+// gpuAccess gives the container GPUs where the guest has any.
+func (a *agent) gpuAccess() oci.SpecOpts {
+	if a.verifier.gpus == nil {
+		return nil
+	}
+	return a.NVIDIA.Inject
+}
+
+// disableGPUs is the failure action of that name.
+func (a *agent) disableGPUs(ctx context.Context, why error) {
+	if a.verifier.gpus != nil {
+		a.verifier.gpus.Disable(ctx, why)
+	}
+}
+
+// openVault opens /vault with the key that the KBS gives to evidence with verified
+// GPUs. There is nothing in its place before.
+func (a *agent) openVault(text []byte) error {
+	key, err := vault.Key(text)
+	if err != nil {
+		return err
+	}
+	defer clear(key)
+	if err := a.OpenVault(a.vault(), key); err != nil {
+		return err
+	}
+	a.log.Printf("gpu: /vault is open")
+	return nil
 }
 
 // AdditionalEvidence is that of the GPUs, where the guest has any.

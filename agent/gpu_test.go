@@ -6,8 +6,10 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strings"
 	"testing"
 
+	"coffer/agent/attest"
 	"coffer/agent/gpus"
 	"coffer/internal/firewall"
 	"coffer/internal/gpu"
@@ -76,6 +78,66 @@ func TestGPURound(t *testing.T) {
 	// A guest without GPUs sends none.
 	if text, err := (attester{Source: &source{}}).AdditionalEvidence(t.Context(), [48]byte{}); text != "" || err != nil {
 		t.Errorf("without GPUs: %q, %v", text, err)
+	}
+}
+
+// vaultKBS has resources, which are for evidence with GPUs where it says so.
+type vaultKBS struct {
+	asked []string
+	err   map[string]error
+}
+
+func (k *vaultKBS) Fetch(ctx context.Context, a kbsclient.Attester, path string) ([]byte, string, error) {
+	k.asked = append(k.asked, path)
+	text, err := a.(kbsclient.DeviceAttester).AdditionalEvidence(ctx, [48]byte{byte(len(k.asked))})
+	if err == nil && text == "" {
+		err = errors.New("no evidence of GPUs")
+	}
+	return []byte("the key of " + path), "", errors.Join(err, k.err[path])
+}
+
+// TestVaultKey: /vault is opened once, after a round that passed and before the
+// GPUs may work; what the KBS says of its key is the round's verdict.
+func TestVaultKey(t *testing.T) {
+	w := gpusim.NewWorld()
+	d := &device{Device: w.NewDevice(gpu.Hopper)}
+	k := &vaultKBS{err: map[string]error{"a/b/c": kbsError("PolicyDeny")}}
+	addrs := []netip.Addr{netip.MustParseAddr("192.0.2.1")}
+	var rules []firewall.Rules
+	var opened []string
+	var fails error
+	v := &verifier{kbs: k, net: testNetwork(t, "https://kbs", &addrs, &rules), source: &source{}, canary: "a/b/c", vaultKey: "keys/vault/one",
+		gpus: &gpus.Guard{Source: d, Send: true, Printf: t.Logf},
+		release: func(key []byte) error {
+			if len(d.ready) > 0 {
+				t.Error("the GPUs may work before /vault is open")
+			}
+			opened = append(opened, string(key))
+			return fails
+		}}
+	round := func(want error, fetched string) {
+		t.Helper()
+		k.asked = nil
+		if err := v.round(t.Context()); !errors.Is(err, want) || strings.Join(k.asked, " ") != fetched {
+			t.Errorf("round: %v, asked for %q; want %v, %q", err, k.asked, want, fetched)
+		}
+	}
+	round(kbsclient.ErrPolicyDenied, "a/b/c")
+	k.err = map[string]error{"keys/vault/one": kbsError("PolicyDeny")}
+	round(kbsclient.ErrPolicyDenied, "a/b/c keys/vault/one")
+	if len(opened) != 0 || len(d.ready) != 0 {
+		t.Errorf("opened %q, ready %v", opened, d.ready)
+	}
+	k.err, fails = nil, errors.New("another key")
+	round(errVault, "a/b/c keys/vault/one")
+	if verdict, code, _ := classify(errVault); verdict != attest.Negative || code != "E_VAULT" {
+		t.Errorf("a key that does not open it: %v %s", verdict, code)
+	}
+	fails = nil
+	round(nil, "a/b/c keys/vault/one")
+	round(nil, "a/b/c")
+	if len(opened) != 2 || opened[1] != "the key of keys/vault/one" || len(d.ready) != 1 || !d.ready[0] {
+		t.Errorf("opened %q, ready %v", opened, d.ready)
 	}
 }
 

@@ -13,6 +13,7 @@ import (
 	"sync"
 	"time"
 
+	"coffer/agent/nfs"
 	"coffer/internal/boot"
 	"coffer/internal/firewall"
 	"coffer/internal/guestconfig"
@@ -30,6 +31,7 @@ type network struct {
 	lookup func(ctx context.Context, host string) ([]netip.Addr, error)
 	host   string // the KBS
 	port   uint16
+	others []string // what the guest itself connects to besides, within the allowed ports
 
 	mu    sync.Mutex
 	rules firewall.Rules
@@ -51,6 +53,12 @@ func newNetwork(d Deps, cfg *guestconfig.Config, resolvers []string) (*network, 
 	}
 	n := &network{set: d.Firewall, lookup: d.Lookup, host: u.Hostname(), port: uint16(port)}
 	n.rules = firewall.Rules{DHCP: cfg.Network.Static == nil, In: cfg.Network.AllowedPorts, Out: cfg.Network.AllowedOutPorts}
+	if cfg.API.KDS != "" {
+		n.others = append(n.others, "kds:"+cfg.API.KDS)
+	}
+	if cfg.NFS() {
+		n.others = append(n.others, fmt.Sprintf("nfs:%d/tcp", nfs.Port))
+	}
 	for _, s := range resolvers {
 		a, err := netip.ParseAddr(s)
 		if err != nil {
@@ -59,6 +67,18 @@ func newNetwork(d Deps, cfg *guestconfig.Config, resolvers []string) (*network, 
 		n.rules.DNS = append(n.rules.DNS, a)
 	}
 	return n, nil
+}
+
+// own names what the guest itself connects to, whatever the workload may.
+func (n *network) own() []string {
+	out := []string{fmt.Sprintf("kbs:%s:%d/tcp", n.host, n.port)}
+	for _, a := range n.rules.DNS {
+		out = append(out, fmt.Sprintf("dns:%s:53/udp+tcp", a))
+	}
+	if n.rules.DHCP {
+		out = append(out, "dhcp:67/udp")
+	}
+	return append(out, n.others...)
 }
 
 func (n *network) apply() error {

@@ -5,9 +5,8 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
-	"net"
-	"net/netip"
 	"os"
+	"os/exec"
 	"os/signal"
 	"path/filepath"
 	"strings"
@@ -18,7 +17,8 @@ import (
 
 	"coffer/agent/drives"
 	"coffer/agent/nfs"
-	"coffer/agent/reaper"
+	"coffer/agent/nvidia"
+	"coffer/agent/vault"
 	"coffer/internal/boot"
 	"coffer/internal/evidence"
 	"coffer/internal/firewall"
@@ -27,12 +27,10 @@ import (
 	"coffer/kbsclient"
 )
 
-// System is the machine that this process is the first program of. flush gives
+// System is the machine that this process is the agent of. flush gives
 // the console the time that it is worth, before the power goes.
 func System(flush func()) Deps {
 	go readAhead("/bin/containerd", "/bin/containerd-shim-runc-v2", "/bin/runc")
-	r := reaper.New()
-	go r.Run(nil)
 	return Deps{
 		Paths: Paths{
 			Bin: "/bin", Run: "/run", Applog: "/applog", UserConfig: "/user_config", UserData: "/user_data",
@@ -45,17 +43,19 @@ func System(flush func()) Deps {
 		Hostname:   func(name string) error { return unix.Sethostname([]byte(name)) },
 		Firewall:   firewall.Apply,
 		Network:    netup.Configure,
-		Lookup:     lookup,
+		Lookup:     netup.Lookup,
 		Attach:     drives.Attach,
 		Detach:     detach,
 		Share:      nfs.Share,
 		NFS:        nfs.Kernel{},
 		Overlay:    drives.Overlay,
+		OpenVault:  vault.Open,
 		Evidence:   evidence.Open,
 		KBS:        newKBS,
-		StartChild: r.Start,
+		StartChild: startChild,
 		GPUs:       newGPUs,
-		Now:        SinceKernelStart,
+		NVIDIA:     nvidia.System(),
+		Now:        boot.SinceKernelStart,
 		Stop:       stopRequests(),
 		PowerOff: func() {
 			flush()
@@ -75,13 +75,13 @@ func readAhead(paths ...string) {
 	}
 }
 
-// SinceKernelStart counts the time that the machine was suspended, too.
-func SinceKernelStart() time.Duration {
-	var t unix.Timespec
-	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &t); err != nil {
-		return 0
+// startChild starts a child that its owner waits for by calling wait once. Whose
+// parents end before them are PID 1's.
+func startChild(cmd *exec.Cmd) (wait func() error, err error) {
+	if err := cmd.Start(); err != nil {
+		return nil, err
 	}
-	return time.Duration(t.Nano())
+	return cmd.Wait, nil
 }
 
 // mountSystem makes of what init has left (/dev, /proc, /sys, /run) a system that
@@ -133,7 +133,7 @@ func delegate(root string) error {
 			return fmt.Errorf("cgroup controller %s: %w", c, err)
 		}
 	}
-	for _, c := range []string{"memory", "pids"} {
+	for _, c := range []string{"cpu", "memory", "pids"} {
 		if !strings.Contains(" "+strings.TrimSpace(string(have))+" ", " "+c+" ") {
 			return fmt.Errorf("the kernel has no cgroup controller %s: the workload's limits would not hold", c)
 		}
@@ -194,13 +194,6 @@ func readHandover() ([]byte, error) {
 		return nil, err
 	}
 	return b, os.Remove(guestconfig.HandoverPath)
-}
-
-func lookup(ctx context.Context, host string) ([]netip.Addr, error) {
-	if a, err := netip.ParseAddr(host); err == nil {
-		return []netip.Addr{a}, nil
-	}
-	return net.DefaultResolver.LookupNetIP(ctx, "ip", host)
 }
 
 // detach unmounts; a drive that is still in use is made read-only and let go.

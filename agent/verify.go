@@ -23,12 +23,17 @@ type verifier struct {
 	canary string
 	gpus   *gpus.Guard // nil: there are none
 	token  string      // of the last round that passed; the loop's alone
+
+	vaultKey string                 // resource that release is to get once; "": there is none
+	release  func(key []byte) error // the key's text
+	cpu      int64                  // processor time when the round began
 }
 
 // round is one attestation. A KBS's /attest accepts evidence that its policy
 // does not want, so what counts is the canary resource, which the policy gives
 // to wanted guests only.
 func (v *verifier) round(ctx context.Context) error {
+	v.cpu = readUsage("/proc").cpu
 	if err := v.net.findKBS(ctx); err != nil {
 		return err
 	}
@@ -37,10 +42,29 @@ func (v *verifier) round(ctx context.Context) error {
 	if errors.Is(err, kbsclient.ErrAttestationRefused) || errors.Is(err, kbsclient.ErrTokenNotFound) || errors.Is(err, kbsclient.ErrTokenInvalid) {
 		err = v.fetchCanary(ctx)
 	}
+	if err == nil && v.vaultKey != "" {
+		err = v.fetchVaultKey(ctx)
+	}
 	if err == nil && v.gpus != nil {
 		err = v.gpus.Accept(ctx)
 	}
 	return err
+}
+
+// errVault is a key of /vault that does not open it.
+var errVault = errors.New("/vault cannot be opened")
+
+func (v *verifier) fetchVaultKey(ctx context.Context) error {
+	key, _, err := v.kbs.Fetch(ctx, attester{v.source, v.gpus}, v.vaultKey)
+	defer clear(key)
+	if err != nil {
+		return fmt.Errorf("key of /vault: %w", err)
+	}
+	if err := v.release(key); err != nil {
+		return fmt.Errorf("%w: %w", errVault, err)
+	}
+	v.vaultKey = ""
+	return nil
 }
 
 func (v *verifier) fetchCanary(ctx context.Context) error {
@@ -104,10 +128,13 @@ var verdicts = []struct {
 	{kbsclient.ErrAttestationRefused, attest.Negative, boot.CodeKBSRefused},
 	{kbsclient.ErrTokenInvalid, attest.Negative, boot.CodeKBSRefused},
 	{kbsclient.ErrClock, attest.Negative, boot.CodeClock}, // is an ErrTLS too
+	{evidence.ErrKeyDisabled, attest.Negative, boot.CodeVMPCK},
+	{evidence.ErrNoDevice, attest.Negative, boot.CodeNoDevice},
 	{kbsclient.ErrTLS, attest.Unknown, boot.CodeKBSTLS},
 	{kbsclient.ErrUnreachable, attest.Unknown, boot.CodeKBSUnreachable},
 	{context.DeadlineExceeded, attest.Unknown, boot.CodeTimeout}, // the platform's, too
 	{errPlatform, attest.Negative, boot.CodeEvidence},
+	{errVault, attest.Negative, boot.CodeVault},
 	{kbsclient.ErrNoResource, attest.Unknown, boot.CodeKBSNoKey}, // or the KBS's storage is down: it does not tell
 }
 
@@ -143,8 +170,11 @@ type record struct {
 	LaunchDigest string `json:"launch_digest"`
 	Simulated    bool   `json:"simulated"`
 
-	// RSS is the resident memory of agent, containerd and shim.
-	RSS map[string]int64 `json:"rss_kib"`
+	// What agent, containerd and shim take: resident memory, and processor time in
+	// this round and between the last one and this.
+	RSS      map[string]int64 `json:"rss_kib"`
+	RoundCPU int64            `json:"round_cpu_ms"`
+	IdleCPU  int64            `json:"idle_cpu_ms"`
 }
 
 // report writes a round to the console and to its log.
@@ -154,6 +184,7 @@ func (a *agent) report(r attest.Result) {
 		line += " code=" + r.Code
 	}
 	a.log.Printf("%s", line)
+	u := readUsage("/proc")
 	b, err := json.Marshal(record{
 		Time:         time.Now().UTC().Format(time.RFC3339Nano),
 		Seq:          r.Seq,
@@ -163,10 +194,13 @@ func (a *agent) report(r attest.Result) {
 		DurationMS:   r.Duration.Milliseconds(),
 		LaunchDigest: a.handover.LaunchDigest,
 		Simulated:    a.verifier.source.Simulated(),
-		RSS:          resident("/proc"),
+		RSS:          u.rss,
+		RoundCPU:     u.cpu - a.verifier.cpu,
+		IdleCPU:      a.verifier.cpu - a.cpu,
 	})
+	a.cpu = u.cpu
 	if err == nil {
 		a.logs.attestation.Write(append(b, '\n'))
-		a.services.api.SetRound(b, r.Verdict == attest.Pass, a.verifier.token)
+		a.services.api.SetRound(b, r.Verdict.String(), a.verifier.token)
 	}
 }

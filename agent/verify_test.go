@@ -35,6 +35,8 @@ func TestClassify(t *testing.T) {
 		{"evidence refused", kbsError("AttestationError"), attest.Negative, boot.CodeKBSRefused},
 		{"token not accepted", kbsError("TokenVerifierError"), attest.Negative, boot.CodeKBSRefused},
 		{"platform broken", fmt.Errorf("round: %w: %w", errPlatform, evidence.ErrReport), attest.Negative, boot.CodeEvidence},
+		{"VMPCK disabled", fmt.Errorf("round: %w: %w", errPlatform, evidence.ErrKeyDisabled), attest.Negative, boot.CodeVMPCK},
+		{"device lost", fmt.Errorf("round: %w: %w: %w", errPlatform, evidence.ErrNoDevice, context.DeadlineExceeded), attest.Negative, boot.CodeNoDevice},
 		{"platform slow", fmt.Errorf("round: %w: %w", errPlatform, context.DeadlineExceeded), attest.Unknown, boot.CodeTimeout},
 		{"clock", &kbsclient.ClockError{Host: "kbs"}, attest.Negative, boot.CodeClock},
 		{"another certificate", fmt.Errorf("x: %w", kbsclient.ErrTLS), attest.Unknown, boot.CodeKBSTLS},

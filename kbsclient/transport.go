@@ -23,21 +23,42 @@ func (c *Client) dial(ctx context.Context, network, addr string) (net.Conn, erro
 	return conn, nil
 }
 
+// dialTLS resumes the TLS session of an earlier connection where the KBS lets it.
+// Then it does without the key exchange that resists quantum computers, the
+// costliest part of a connection: the keys depend on the first connection's, too,
+// and those are of such an exchange. Where the KBS does not resume, the
+// connection is made anew with it.
 func (c *Client) dialTLS(ctx context.Context, network, addr string) (net.Conn, error) {
 	host, _, err := net.SplitHostPort(addr)
 	if err != nil {
 		return nil, err
 	}
+	if _, ok := c.resumable.Get(host); ok {
+		conn, err := c.handshake(ctx, network, addr, host, []tls.CurveID{tls.X25519, tls.CurveP256, tls.CurveP384})
+		switch {
+		case errors.Is(err, ErrUnreachable):
+			return nil, err
+		case err == nil && conn.ConnectionState().DidResume:
+			return conn, nil
+		case err == nil:
+			conn.Close()
+		}
+	}
+	return c.handshake(ctx, network, addr, host, nil)
+}
+
+// handshake makes a connection with one of the key exchanges; nil: Go's defaults.
+func (c *Client) handshake(ctx context.Context, network, addr, host string, exchanges []tls.CurveID) (*tls.Conn, error) {
 	raw, err := c.dial(ctx, network, addr)
 	if err != nil {
 		return nil, err
 	}
 	conn := tls.Client(raw, &tls.Config{
-		MinVersion: tls.VersionTLS12, // T speaks nothing newer
-		ServerName: host,
-		RootCAs:    c.roots,
-		Time:       c.cfg.Now,
-		// A second connection then costs no certificate check.
+		MinVersion:         tls.VersionTLS12, // T speaks nothing newer
+		ServerName:         host,
+		RootCAs:            c.roots,
+		Time:               c.cfg.Now,
+		CurvePreferences:   exchanges,
 		ClientSessionCache: c.resumable,
 	})
 	ctx, cancel := context.WithTimeout(ctx, c.cfg.CallTimeout)

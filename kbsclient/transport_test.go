@@ -12,6 +12,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"slices"
 	"strings"
 	"sync/atomic"
 	"testing"
@@ -444,15 +445,22 @@ func TestNewRefuses(t *testing.T) {
 	}
 }
 
-// TestTLSResumed: a second connection resumes the first one's TLS session.
+// TestTLSResumed: a second connection resumes the first one's TLS session, and
+// only then does without the hybrid key exchange; nor is one that the server did
+// not resume ever used.
 func TestTLSResumed(t *testing.T) {
 	kbs := newFakeKBS(t)
-	var resumed []bool
+	var seen []string
 	kbs.override["GET /resource-policy"] = func(w http.ResponseWriter, r *http.Request) {
-		resumed = append(resumed, r.TLS.DidResume)
+		seen = append(seen, fmt.Sprintf("%v by %v", r.TLS.DidResume, r.TLS.CurveID))
 		_, _ = io.WriteString(w, "eA")
 	}
-	c := serve(t, kbs, nil)
+	var server *tls.Config
+	c := serve(t, kbs, func(cfg *tls.Config, _ *Config) {
+		server = cfg
+		cfg.SetSessionTicketKeys([][32]byte{{1}})
+		cfg.GetConfigForClient = func(*tls.ClientHelloInfo) (*tls.Config, error) { return server, nil }
+	})
 	_, key, err := ed25519.GenerateKey(rand.Reader)
 	if err != nil {
 		t.Fatal(err)
@@ -461,13 +469,28 @@ func TestTLSResumed(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	for range 2 {
+	get := func() {
+		t.Helper()
 		if _, err := admin.ResourcePolicy(t.Context()); err != nil {
 			t.Fatal(err)
 		}
 		c.CloseIdle()
 	}
-	if len(resumed) != 2 || resumed[0] || !resumed[1] {
-		t.Errorf("resumed: %v, want the second one", resumed)
+	get()
+	get()
+	get()
+	server.SetSessionTicketKeys([][32]byte{{2}}) // a restart
+	get()
+	get()
+	server = server.Clone()
+	server.CurvePreferences = []tls.CurveID{tls.X25519MLKEM768}
+	get()
+	server = server.Clone()
+	server.CurvePreferences, server.MaxVersion = nil, tls.VersionTLS12 // as T, which has no hybrid one
+	get()                                                              // made anew, it resumes what the first try began
+	get()
+	const full, resumed = "false by X25519MLKEM768", "true by X25519"
+	if want := []string{full, resumed, resumed, full, resumed, full, resumed, resumed}; !slices.Equal(seen, want) {
+		t.Errorf("connections resumed: %q, want %q", seen, want)
 	}
 }

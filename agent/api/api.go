@@ -98,6 +98,7 @@ type Server struct {
 	reports, calls limiter // of the chip, of the KBS and the KDS
 
 	mu      sync.Mutex
+	rounds  map[string]int // by verdict
 	round   json.RawMessage
 	roundAt time.Duration
 	passAt  time.Duration
@@ -107,7 +108,7 @@ type Server struct {
 
 // New makes a server; Serve serves it.
 func New(cfg Config) *Server {
-	s := &Server{cfg: cfg}
+	s := &Server{cfg: cfg, rounds: map[string]int{}}
 	// The host throttles a guest's requests to its chip.
 	s.reports = limiter{now: cfg.Now, every: 500 * time.Millisecond, burst: 20, slot: make(chan struct{}, 1)}
 	s.calls = limiter{now: cfg.Now, every: 2 * time.Second, burst: 10, slot: make(chan struct{}, 2)}
@@ -136,6 +137,7 @@ func (s *Server) routes() map[string]func(*http.Request) (*answer, error) {
 
 		"GET /v1/info":      s.info,
 		"GET /v1/status":    s.status,
+		"GET /v1/metrics":   s.metrics,
 		"GET /v1/keys":      s.keys,
 		"GET /v1/peers":     s.peers,
 		"GET /v1/token":     s.ownToken,
@@ -180,13 +182,14 @@ func (s *Server) Close() {
 	}
 }
 
-// SetRound tells of an attestation round: its record, whether it passed, and the
-// token that a passed one got.
-func (s *Server) SetRound(record json.RawMessage, passed bool, token string) {
+// SetRound tells of an attestation round: its record, its verdict ("pass",
+// "negative" or "unknown"), and the token that a passed one got.
+func (s *Server) SetRound(record json.RawMessage, verdict, token string) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	s.rounds[verdict]++
 	s.round, s.roundAt = record, s.cfg.Now()
-	if passed {
+	if verdict == verdicts[0] {
 		s.passed, s.passAt, s.token = true, s.roundAt, token
 	} else {
 		s.token = ""

@@ -42,8 +42,13 @@ type Policy struct {
 	Every        time.Duration // from one round's start to the next
 	MaxStaleness time.Duration // how long a pass carries the workload
 	FirstWithin  time.Duration // how long unknown verdicts may hold up the first pass
-	Action       string        // guestconfig.ActionStopJob, ActionShutdown or ActionLog
+	Action       string        // one of guestconfig's
 	Restart      bool          // after ActionStopJob: go on attesting and start again after a pass
+}
+
+// goesOn reports whether the workload goes on without a good verdict.
+func (p Policy) goesOn() bool {
+	return p.Action == guestconfig.ActionLog || p.Action == guestconfig.ActionGPUDisable
 }
 
 // Times that are the same for every guest.
@@ -74,7 +79,7 @@ type State struct {
 	Due      time.Duration // when the next round starts
 	InRound  bool
 	Seen     time.Duration // when the last event came
-	Warned   bool          // ActionLog: the present outage has been reported
+	Warned   bool          // the workload goes on: the present outage has been reported
 	Over     bool          // PowerOff was decided
 }
 
@@ -107,7 +112,7 @@ const (
 	StartRound Action = iota // never while a round runs
 	StartJob
 	StopJob  // at once: pause, then kill
-	Warn     // ActionLog: the workload goes on without a good verdict
+	Warn     // the workload goes on without a good verdict
 	PowerOff // the last one
 )
 
@@ -163,7 +168,7 @@ func Decide(p Policy, s State, ev Event, now time.Duration) (State, []Action) {
 		return s, []Action{PowerOff}
 	case s.Job == JobRunning && (negative || !s.fresh(p, now)):
 		switch {
-		case p.Action == guestconfig.ActionLog:
+		case p.goesOn():
 			if !s.Warned {
 				s.Warned = true
 				acts = append(acts, Warn)

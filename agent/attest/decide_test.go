@@ -112,6 +112,12 @@ func TestDecide(t *testing.T) {
 			step{180 * s, tick, "start_round"},
 			step{181 * s, round(Negative, 180*s), "warn"}, // the next outage
 		)},
+		{"gpu_disable goes on like log", guestconfig.ActionGPUDisable, true, after(
+			step{60 * s, tick, "start_round"},
+			step{61 * s, round(Negative, 60*s), "warn"},
+			step{120 * s, tick, "start_round"},
+			step{121 * s, round(Negative, 120*s), ""},
+		)},
 		{"unknown until stale", guestconfig.ActionStopJob, true, after(
 			step{60 * s, tick, "start_round"},
 			step{70 * s, round(Unknown, 60*s), ""},

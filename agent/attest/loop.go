@@ -40,6 +40,8 @@ type Loop struct {
 	Start func(context.Context) (<-chan error, error)
 	// Stop stops the workload at once; an error means that it may still run.
 	Stop func(context.Context) error
+	// Disable takes the GPUs' leave to work back, for guestconfig.ActionGPUDisable.
+	Disable func(context.Context, error)
 	// Now is a monotonic clock that also counts suspended time.
 	Now func() time.Duration
 
@@ -114,7 +116,10 @@ func (l *Loop) do(ctx context.Context, a Action) error {
 		}
 		l.exited = nil
 	case Warn:
-		l.Printf("attestation action=log reason=%q", l.reason())
+		l.Printf("attestation action=%s reason=%q", l.Policy.Action, l.reason())
+		if l.Policy.Action == guestconfig.ActionGPUDisable {
+			go l.Disable(ctx, l.reason()) // it may wait for a driver
+		}
 	}
 	return nil
 }
@@ -165,7 +170,7 @@ func (l *Loop) reason() error {
 
 // Left is how long the last pass carries the workload yet, if no round follows.
 func (l *Loop) Left() time.Duration {
-	if l.Policy.Action == guestconfig.ActionLog {
+	if l.Policy.goesOn() {
 		return math.MaxInt64
 	}
 	if !l.state.Passed {

@@ -236,24 +236,31 @@ func TestLoopRecovers(t *testing.T) {
 	})
 }
 
-func TestLoopLog(t *testing.T) {
-	synctest.Test(t, func(t *testing.T) {
-		w := newWorld(guestconfig.ActionLog, false)
-		ctx, cancel := context.WithCancel(context.Background())
-		done := w.live(ctx)
-		w.wait(10 * time.Second)
-		w.verdict = errDenied
-		w.wait(time.Hour)
-		if w.running == nil {
-			t.Error("stopped by action log")
-		}
-		if len(w.lines) != 1 {
-			t.Errorf("want one warning for one outage, got %q", w.lines)
-		}
-		cancel()
-		w.wait(time.Minute)
-		ended(t, done)
-	})
+func TestLoopGoesOn(t *testing.T) {
+	for _, action := range []string{guestconfig.ActionLog, guestconfig.ActionGPUDisable} {
+		synctest.Test(t, func(t *testing.T) {
+			w := newWorld(action, false)
+			var disabled []error
+			w.Disable = func(_ context.Context, why error) { disabled = append(disabled, why) }
+			ctx, cancel := context.WithCancel(context.Background())
+			done := w.live(ctx)
+			w.wait(10 * time.Second)
+			w.verdict = errDenied
+			w.wait(time.Hour)
+			if w.running == nil {
+				t.Errorf("stopped by action %s", action)
+			}
+			if len(w.lines) != 1 || !strings.Contains(w.lines[0], "action="+action) {
+				t.Errorf("want one warning for one outage, got %q", w.lines)
+			}
+			if want := map[string]int{guestconfig.ActionGPUDisable: 1}[action]; len(disabled) != want {
+				t.Errorf("%s disabled the GPUs %d times: %v", action, len(disabled), disabled)
+			}
+			cancel()
+			w.wait(time.Minute)
+			ended(t, done)
+		})
+	}
 }
 
 // A start that takes longer than max_staleness is carried by the rounds beside it.

@@ -128,6 +128,11 @@ func (c *Config) file() string { return filepath.Join(c.State, "config.toml") }
 // Client is good for the daemon's whole life: it connects again by itself.
 func (d *Daemon) Client() *client.Client { return d.client }
 
+// TaskDir is where containerd keeps what it knows of a container's shim.
+func (d *Daemon) TaskDir(id string) string {
+	return filepath.Join(d.cfg.State, "io.containerd.runtime.v2.task", Namespace, id)
+}
+
 // Done is closed when containerd is not restarted any more; Err says why.
 func (d *Daemon) Done() <-chan struct{} { return d.stopped }
 

@@ -54,6 +54,15 @@ type Guard struct {
 	failed error // why ready was taken back
 }
 
+// Prepare initialises the GPUs, for good. Where that fails the first round tells.
+func (g *Guard) Prepare(ctx context.Context) {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	if err := g.Source.KeepInitialised(ctx); err != nil {
+		g.Printf("gpu: warning: persistence mode: %v", err)
+	}
+}
+
 // AdditionalEvidence is kbsclient.DeviceAttester: it attests the GPUs with a nonce
 // out of the handshake's digest, and returns what the KBS gets of it.
 func (g *Guard) AdditionalEvidence(ctx context.Context, digest [48]byte) (string, error) {
@@ -76,11 +85,6 @@ func (g *Guard) AdditionalEvidence(ctx context.Context, digest [48]byte) (string
 }
 
 func (g *Guard) attest(ctx context.Context, nonce [32]byte) ([]gpu.Evidence, error) {
-	if g.known == nil {
-		if err := g.Source.KeepInitialised(ctx); err != nil {
-			g.Printf("gpu: warning: persistence mode: %v", err)
-		}
-	}
 	settings, err := g.Source.Settings(ctx)
 	if err == nil {
 		err = g.Policy.CheckSettings(settings)

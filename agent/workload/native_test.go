@@ -6,6 +6,7 @@ import (
 	"io"
 	"os"
 	"path/filepath"
+	"strconv"
 	"strings"
 	"syscall"
 	"testing"
@@ -56,7 +57,7 @@ func runner(t *testing.T, script string, change func(*workload.Config)) run {
 	cfg := workload.Config{
 		ID: "workload", Hostname: "cvm_0123456789ab", Cgroup: fmt.Sprintf("/coffer-test-%d/workload", os.Getpid()),
 		Env: []string{"EXTRA=1"}, PidsMax: 64, MemoryMiB: 64, TmpMiB: 8, Binds: binds,
-		FIFODir: filepath.Join(dir, "fifo"), RuncRoot: filepath.Join(dir, "runc"), Stdout: out, Stderr: out,
+		TaskDir: d.TaskDir("workload"), FIFODir: filepath.Join(dir, "fifo"), RuncRoot: filepath.Join(dir, "runc"), Stdout: out, Stderr: out,
 	}
 	if script != "" {
 		cfg.Args = []string{script}
@@ -215,8 +216,7 @@ func TestContainerdKilled(t *testing.T) {
 }
 
 // What the workload prints while containerd is killed again and again arrives,
-// all of it and in order. The run outlives the last kill: the exit code of one that
-// ends while containerd is away is not known.
+// all of it and in order.
 func TestLogSurvivesContainerd(t *testing.T) {
 	const lines = 3000
 	r := runner(t, fmt.Sprintf(`i=0; while [ $i -lt %d ]; do i=$((i+1)); echo line $i; [ $((i %% 100)) = 0 ] && sleep 0.3; done; exit 5`, lines), nil)
@@ -310,8 +310,8 @@ func TestLimits(t *testing.T) {
 	}
 }
 
-// A workload that ends while containerd is down is known to have ended, though
-// containerd may have lost its exit code.
+// A workload that ends while containerd is down is known to have ended, and how; it
+// can run again.
 func TestExitWhileContainerdIsDown(t *testing.T) {
 	r := runner(t, `echo before; while [ ! -e /user_data/go ]; do sleep 0.1; done; exit 33`, nil)
 	ended := r.start(t)
@@ -321,8 +321,53 @@ func TestExitWhileContainerdIsDown(t *testing.T) {
 	}
 	killContainerd(t, r.daemon)
 	waitFor(t, ended)
-	if e := r.Exit(); e.Err == nil && e.Code != 33 {
-		t.Errorf("exit is %v, want code 33 or unknown", e)
+	if e := r.Exit(); e.Err != nil || e.Code != 33 {
+		t.Errorf("exit is %v, want code 33", e)
+	}
+	waitFor(t, r.start(t))
+	if e := r.Exit(); e.Err != nil || e.Code != 33 {
+		t.Errorf("exit of the second run is %v, want code 33", e)
+	}
+}
+
+// A run whose shim dies is over: containerd kills what is left and tells.
+func TestShimKilled(t *testing.T) {
+	r := runner(t, `echo ready; sleep 100`, nil)
+	ended := r.start(t)
+	r.out.Await(t, "ready")
+	state, _, _ := strings.Cut(r.daemon.TaskDir("workload"), "/io.containerd") // its socket is an argument of the shim
+	processes, _ := filepath.Glob("/proc/[0-9]*/cmdline")
+	killed := 0
+	for _, p := range processes {
+		cmdline, _ := os.ReadFile(p)
+		if pid, err := strconv.Atoi(filepath.Base(filepath.Dir(p))); err == nil && strings.Contains(string(cmdline), "containerd-shim") && strings.Contains(string(cmdline), state) {
+			syscall.Kill(pid, syscall.SIGKILL)
+			killed++
+		}
+	}
+	if killed != 1 {
+		t.Fatalf("%d shims were killed", killed)
+	}
+	waitFor(t, ended)
+	if e := r.Exit(); e.Err == nil && e.Code != 137 {
+		t.Errorf("exit is %v, want code 137 or unknown", e)
+	}
+}
+
+// The limit of CPU time is in force.
+func TestCPULimit(t *testing.T) {
+	r := runner(t, `echo ready; sleep 30`, func(c *workload.Config) { c.CPUPercent = 150 })
+	r.start(t)
+	r.out.Await(t, "ready")
+	group := fmt.Sprintf("/coffer-test-%d/workload", os.Getpid())
+	got := ""
+	for _, f := range []string{"/sys/fs/cgroup" + group + "/cpu.max", "/sys/fs/cgroup/cpu" + group + "/cpu.cfs_quota_us"} { // cgroup v2, v1
+		if b, err := os.ReadFile(f); err == nil {
+			got = strings.Fields(string(b))[0]
+		}
+	}
+	if got != "150000" { // of 100,000 microseconds
+		t.Errorf("the group's quota is %q, want 150000", got)
 	}
 }
 

@@ -84,6 +84,13 @@ func guardOpts(cfg *Config) []oci.SpecOpts {
 		limit := cfg.MemoryMiB << 20
 		opts = append(opts, oci.WithMemoryLimit(uint64(limit)), oci.WithMemorySwap(limit))
 	}
+	if cfg.CPUPercent > 0 {
+		const period = 100_000 // microseconds
+		opts = append(opts, oci.WithCPUCFS(cfg.CPUPercent*period/100, period))
+	}
+	if cfg.Devices != nil {
+		opts = append(opts, cfg.Devices)
+	}
 	return append(opts, seccomp.WithDefaultProfile())
 }
 

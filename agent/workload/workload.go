@@ -1,5 +1,6 @@
 // Package workload runs the one container of a guest with containerd: host
-// network, no new privileges, seccomp, few capabilities, no devices, limits.
+// network, no new privileges, seccomp, few capabilities, no devices but those that
+// the caller adds, limits.
 //
 // The container's output goes to writers of the caller, which must neither fail
 // nor block: what blocks them blocks the workload. The container and its output
@@ -21,6 +22,7 @@ import (
 	"github.com/containerd/containerd/api/types/runc/options"
 	"github.com/containerd/containerd/v2/client"
 	"github.com/containerd/containerd/v2/pkg/cio"
+	"github.com/containerd/containerd/v2/pkg/oci"
 	"github.com/containerd/containerd/v2/plugins"
 	"github.com/containerd/errdefs"
 	"github.com/containerd/errdefs/pkg/errgrpc"
@@ -40,10 +42,13 @@ type Config struct {
 	Args           []string
 	Env            []string
 	MemoryMiB      int64 // 0: no limit
+	CPUPercent     int64 // of one CPU; 0: no limit
 	PidsMax        int64
 	TmpMiB         int64 // /tmp and /dev/shm, each
 	Binds          []Bind
-	Path           string // added at the end of PATH
+	Path           string       // added at the end of PATH
+	Devices        oci.SpecOpts // adds devices and what they need; may be nil
+	TaskDir        string       // where containerd keeps what it knows of the run's shim
 	FIFODir        string
 	RuncRoot       string // runc's state
 	Stdout, Stderr io.Writer
@@ -140,7 +145,10 @@ func (r *Runner) Start(ctx context.Context) (ended <-chan struct{}, err error) {
 	r.task, r.done = task, done
 	r.mu.Unlock()
 	go func() {
-		exit := await(task)
+		exit, err := shimExit(context.Background(), r.cfg.TaskDir, r.cfg.ID)
+		if err != nil {
+			exit = await(task)
+		}
 		held.release()
 		r.delete(context.Background(), task)
 		r.mu.Lock()
@@ -197,8 +205,8 @@ func (r *Runner) Exit() Exit {
 	return r.exit
 }
 
-// await asks for the run's end until it is known. containerd answers with an
-// error when it goes down itself; the run then goes on without it.
+// await asks containerd for the run's end until it is known. containerd answers
+// with an error when it goes down itself; the run then goes on without it.
 func await(task client.Task) Exit {
 	silent := time.Now()
 	for {
@@ -226,13 +234,20 @@ func await(task client.Task) Exit {
 	}
 }
 
-// delete removes a task that has ended or never started.
+// delete removes a task that has ended or never started, once containerd is there.
 func (r *Runner) delete(ctx context.Context, task client.Task) {
 	ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), 10*time.Second)
 	defer cancel()
 	// Delete waits for the output without a limit; the container's processes
 	// are dead, but whoever else holds the pipe is not known.
-	within(ctx, func() { task.Delete(ctx, client.WithProcessKill) })
+	within(ctx, func() {
+		for ctx.Err() == nil {
+			if _, err := task.Delete(ctx, client.WithProcessKill); !errdefs.IsUnavailable(err) {
+				return
+			}
+			time.Sleep(askEvery)
+		}
+	})
 }
 
 // within returns when f has, or ctx has ended.

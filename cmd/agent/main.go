@@ -1,4 +1,5 @@
-// Agent is PID 1 of a guest's verity root. See package agent for what it does.
+// Agent is what a guest's PID 1 runs in the verity root. See package agent for
+// what it does.
 // It takes no arguments and reads no environment.
 package main
 
@@ -23,8 +24,8 @@ const (
 )
 
 func main() {
-	if os.Getpid() != 1 {
-		fmt.Fprintln(os.Stderr, "agent: runs as the first program of a Coffer guest only")
+	if os.Getppid() != 1 {
+		fmt.Fprintln(os.Stderr, "agent: runs in a Coffer guest only, as PID 1's child")
 		os.Exit(2)
 	}
 	// The host decides how fast the console is read, if at all. The agent's own
@@ -33,7 +34,7 @@ func main() {
 	own := applog.NewAsync(console, logQueue, applog.LineNotice)
 	tee := applog.NewTee(own)
 	agent.Run(agent.System(func() { own.Close(flushTime) }), agent.Output{
-		Log:      boot.NewLog(tee, evidence.Platform == guestconfig.PlatformSimulated, agent.SinceKernelStart),
+		Log:      boot.NewLog(tee, evidence.Platform == guestconfig.PlatformSimulated, boot.SinceKernelStart),
 		Tee:      tee,
 		Workload: applog.NewAsync(console, workloadQueue, agent.WorkloadNotice),
 	})

@@ -1,16 +1,15 @@
 // Init is the first program of a guest: /init of its initrd. See package stages
-// for what it does. It takes no arguments and reads no environment.
+// for what it does, and package watch for what it becomes. It takes no arguments
+// and reads no environment.
 package main
 
 import (
 	"context"
 	"fmt"
 	"os"
-	"time"
-
-	"golang.org/x/sys/unix"
 
 	"coffer/initramfs/stages"
+	"coffer/initramfs/watch"
 	"coffer/internal/boot"
 	"coffer/internal/evidence"
 	"coffer/internal/guestconfig"
@@ -21,15 +20,11 @@ func main() {
 		fmt.Fprintln(os.Stderr, "init: runs as the first program of a Coffer guest only")
 		os.Exit(2)
 	}
-	log := boot.NewLog(os.Stdout, evidence.Platform == guestconfig.PlatformSimulated, sinceKernelStart)
-	stages.Boot(context.Background(), log, stages.System())
-	os.Exit(1) // the kernel panics: a power-off that failed must not go on
-}
-
-func sinceKernelStart() time.Duration {
-	var t unix.Timespec
-	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &t); err != nil {
-		return 0
+	log := boot.NewLog(os.Stdout, evidence.Platform == guestconfig.PlatformSimulated, boot.SinceKernelStart)
+	if os.Args[0] == watch.Self {
+		watch.Run(log, guestconfig.AgentPath, boot.PowerOff)
+	} else {
+		stages.Boot(context.Background(), log, stages.System())
 	}
-	return time.Duration(t.Nano())
+	os.Exit(1) // the kernel panics: a power-off that failed must not go on
 }

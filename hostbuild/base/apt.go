@@ -59,7 +59,7 @@ func findMirror(ctx context.Context, m Mirror) (Mirror, error) {
 	m.Main, m.Security = parseTargets(targets)
 	if m.Main == "" {
 		return m, fmt.Errorf("%w: this machine's apt has no index of a Debian archive. On Debian run `apt-get update` first; "+
-			"elsewhere name the mirror in the settings", ErrNoMirror)
+			"elsewhere name one by --mirror", ErrNoMirror)
 	}
 	return m, nil
 }
@@ -93,14 +93,18 @@ type suite struct {
 	err    error
 }
 
-// open makes a suite's lists, once.
+// open makes the lists of a SUITE or SUITE/COMPONENT, once.
 func (a *apt) open(ctx context.Context, name string) (config string, err error) {
 	if s, ok := a.suites[name]; ok {
 		return s.config, s.err
 	}
 	defer func() { a.suites[name] = suite{config, err} }()
+	release, component, ok := strings.Cut(name, "/")
+	if !ok {
+		component = "main"
+	}
 	uri := a.mirror.Main
-	if strings.HasSuffix(name, securitySuffix) {
+	if strings.HasSuffix(release, securitySuffix) {
 		if uri = a.mirror.Security; uri == "" {
 			return "", fmt.Errorf("suite %s: no address of a security archive is known", name)
 		}
@@ -115,7 +119,7 @@ func (a *apt) open(ctx context.Context, name string) (config string, err error) 
 	for path, text := range map[string]string{
 		config:                             aptConfig(dir),
 		filepath.Join(dir, "status"):       "",
-		filepath.Join(dir, "sources.list"): sourcesList(uri, name, a.mirror.Keyring),
+		filepath.Join(dir, "sources.list"): sourcesList(uri, release, component, a.mirror.Keyring),
 	} {
 		if err := os.WriteFile(path, []byte(text), 0o644); err != nil {
 			return "", err
@@ -160,8 +164,8 @@ Dir::Cache::srcpkgcache "";
 `, "DIR", dir)
 }
 
-func sourcesList(uri, suite, keyring string) string {
-	return fmt.Sprintf("deb [arch=amd64 target=Packages signed-by=%s] %s %s main\n", keyring, uri, suite)
+func sourcesList(uri, release, component, keyring string) string {
+	return fmt.Sprintf("deb [arch=amd64 target=Packages signed-by=%s] %s %s %s\n", keyring, uri, release, component)
 }
 
 // candidate is the newest version of a package in a suite.

@@ -6,6 +6,8 @@
 //	OVMF.amdsev.fd      firmware
 //	bin/                programs of the verity root: agent, snpguest, containerd, ...
 //	programs.erofs      the same, packed: what the guest mounts at /bin
+//	root/               more files of the verity root, of a base for made-up GPUs
+//	nvidia.erofs        of a base with NVIDIA's driver: what the guest mounts at /usr
 //	ca-certificates.crt for the workload
 //	base.json           manifest: what is here and what it was made from
 //	base.lock           the packages that went in, for Params.Locked
@@ -48,7 +50,9 @@ const (
 	firmwareFile = "OVMF.amdsev.fd"
 	caFile       = "ca-certificates.crt"
 	programDir   = "bin"
+	rootDir      = "root"
 	programsFile = "programs.erofs"
+	nvidiaFile   = "nvidia.erofs"
 	manifestFile = "base.json"
 	lockFile     = "base.lock"
 )
@@ -64,7 +68,7 @@ var (
 	hexDigest     = regexp.MustCompile(`^[0-9a-f]{64}$`)
 	debianName    = regexp.MustCompile(`^[a-z0-9][a-z0-9.+-]+$`)
 	debianVersion = regexp.MustCompile(`^[0-9][A-Za-z0-9.+:~-]*$`)
-	suiteName     = regexp.MustCompile(`^[a-z][a-z0-9-]*$`)
+	suiteName     = regexp.MustCompile(`^[a-z][a-z0-9-]*(/[a-z][a-z-]*)?$`)
 )
 
 // ErrNotBase is wrapped by Open when a folder is not a base or was changed
@@ -73,7 +77,7 @@ var ErrNotBase = errors.New("not an intact base")
 
 // Package is one Debian package that went into a base.
 type Package struct {
-	Role    string `json:"role"` // "kernel", "firmware" or "ca"
+	Role    string `json:"role"` // "kernel", "firmware", "ca"; those of a driver are named by what they are
 	Name    string `json:"name"`
 	Version string `json:"version"`
 	SHA256  string `json:"sha256"` // hex, of the .deb
@@ -103,11 +107,24 @@ type Base struct {
 	CACerts  string            // path of the CA certificates, PEM
 	Programs map[string]string // path in the guest, "/bin/agent", to path here
 	Packed   string            // path of the EROFS that holds the programs and becomes the guest's /bin
+	Root     map[string]string // further files of the verity root, as Programs
+	NVIDIA   string            // path of the EROFS that holds NVIDIA's driver and becomes the guest's /usr; "": there is none
+	GPU      *GPU              // nil: guests have no GPUs
 
 	KernelVersion string // as uname -r prints it
 	Packages      []Package
 	Modules       []Module
 	SHA256        map[string]string // path relative to Dir to hex digest
+}
+
+// GPU says which GPUs a base's guests can have.
+type GPU struct {
+	Driver    string   `json:"driver"`              // version of kernel modules and libraries
+	Modules   []Module `json:"modules,omitempty"`   // in load order, beside those of the initrd
+	Libraries []string `json:"libraries,omitempty"` // what containers get, by SONAME
+	// Roots of made-up GPUs, PEM; of a simulated base alone.
+	DeviceRoot string `json:"device_root,omitempty"`
+	RIMRoot    string `json:"rim_root,omitempty"`
 }
 
 // manifest is base.json.
@@ -120,6 +137,7 @@ type manifest struct {
 	CPIOSHA256    string    `json:"initrd_cpio_sha256"` // the initrd before compression
 	Packages      []Package `json:"packages"`
 	Modules       []Module  `json:"modules"`
+	GPU           *GPU      `json:"gpu,omitempty"`
 	Files         []file    `json:"files"`
 }
 
@@ -148,6 +166,9 @@ func Open(dir string) (*Base, error) {
 	if m.Platform != PlatformSNP && m.Platform != PlatformSimulated {
 		return nil, fmt.Errorf("%s: %w: platform %q is not snp or simulated", dir, ErrNotBase, m.Platform)
 	}
+	if m.Platform != PlatformSimulated && m.GPU != nil && m.GPU.DeviceRoot+m.GPU.RIMRoot != "" {
+		return nil, fmt.Errorf("%s: %w: it is for platform %s and trusts simulated GPUs", dir, ErrNotBase, m.Platform)
+	}
 	b := &Base{
 		Dir: dir, ID: digest(data), Platform: m.Platform, Image: m.Image,
 		Kernel:        filepath.Join(dir, kernelFile),
@@ -156,6 +177,8 @@ func Open(dir string) (*Base, error) {
 		CACerts:       filepath.Join(dir, caFile),
 		Packed:        filepath.Join(dir, programsFile),
 		Programs:      map[string]string{},
+		Root:          map[string]string{},
+		GPU:           m.GPU,
 		KernelVersion: m.KernelVersion, Packages: m.Packages, Modules: m.Modules,
 		SHA256: map[string]string{},
 	}
@@ -174,10 +197,19 @@ func Open(dir string) (*Base, error) {
 		if name, ok := strings.CutPrefix(f.Path, programDir+"/"); ok {
 			b.Programs["/"+programDir+"/"+name] = filepath.Join(dir, f.Path)
 		}
+		if name, ok := strings.CutPrefix(f.Path, rootDir+"/"); ok {
+			b.Root["/"+name] = filepath.Join(dir, f.Path)
+		}
 	}
 	names := []string{kernelFile, initrdFile, firmwareFile, caFile, programsFile}
 	for _, program := range guestPrograms {
 		names = append(names, programDir+"/"+program)
+	}
+	if b.SHA256[nvidiaFile] != "" {
+		b.NVIDIA = filepath.Join(dir, nvidiaFile)
+	}
+	if b.NVIDIA != "" && b.GPU == nil {
+		return nil, fmt.Errorf("%s: %w: %s says nothing about the driver in %s", dir, ErrNotBase, manifestFile, nvidiaFile)
 	}
 	for _, name := range names {
 		if b.SHA256[name] == "" {

@@ -3,7 +3,6 @@ package base
 import (
 	"archive/tar"
 	"bytes"
-	"compress/gzip"
 	"debug/elf"
 	"encoding/binary"
 	"encoding/json"
@@ -23,6 +22,7 @@ import (
 	"coffer/initramfs/modules"
 	"coffer/internal/measure"
 	"coffer/internal/testenv"
+	"coffer/test/fakebase"
 
 	"github.com/klauspost/compress/zstd"
 	"github.com/u-root/mkuimage/cpio"
@@ -36,8 +36,12 @@ func deb(t *testing.T, cache, role, name string, files map[string]string) Packag
 	dir := t.TempDir()
 	files["DEBIAN/control"] = fmt.Sprintf("Package: %s\nVersion: 1.0-1\nArchitecture: amd64\nMaintainer: Test <test@example.org>\nDescription: test\n", name)
 	for path, data := range files {
+		mode := os.FileMode(0o644)
+		if strings.Contains(path, "bin/") {
+			mode = 0o755
+		}
 		path = filepath.Join(dir, path)
-		if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, []byte(data), 0o644)); err != nil {
+		if err := errors.Join(os.MkdirAll(filepath.Dir(path), 0o755), os.WriteFile(path, []byte(data), mode)); err != nil {
 			t.Fatal(err)
 		}
 	}
@@ -87,34 +91,6 @@ func goProgram(t *testing.T, tags string) string {
 	return program
 }
 
-// firmware is the small one of package measure's vectors.
-func firmware(t *testing.T) string {
-	t.Helper()
-	text, err := os.ReadFile("../../internal/measure/testdata/vectors.json")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var v struct {
-		Inputs struct {
-			Synthetic struct {
-				OVMF []byte `json:"ovmf_base64_gz"`
-			}
-		}
-	}
-	if err := json.Unmarshal(text, &v); err != nil {
-		t.Fatal(err)
-	}
-	z, err := gzip.NewReader(bytes.NewReader(v.Inputs.Synthetic.OVMF))
-	if err != nil {
-		t.Fatal(err)
-	}
-	image, err := io.ReadAll(z)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return string(image)
-}
-
 // params is a base of made-up packages that lie in the cache, so that no
 // network is needed.
 func params(t *testing.T) Params {
@@ -129,13 +105,18 @@ func params(t *testing.T) Params {
 		"usr/lib/modules/" + testKernel + "/modules.builtin":     "kernel/fs/ext4/ext4.ko\n",
 		"usr/lib/modules/" + testKernel + "/kernel/fs/unused.ko": ko("depends=\x00"),
 	}
-	for _, name := range slices.Concat(image.ModuleNames(PlatformSNP, ""), image.ModuleNames(PlatformSNP, "nfs")) {
+	// What either platform wants; the kernel may have more.
+	names := slices.Concat(image.ModuleNames(PlatformSNP, ""), image.ModuleNames(PlatformSimulated, ""), image.ModuleNames(PlatformSNP, "nfs"))
+	if image, err = images.Load("nvidia"); err != nil {
+		t.Fatal(err)
+	}
+	for _, name := range append(names, image.ModuleNames(PlatformSNP, "gpu")...) {
 		name = strings.TrimPrefix(name, modules.OptionalMark)
 		kernel["usr/lib/modules/"+testKernel+"/kernel/"+name+".ko"] = ko("name=" + name + "\x00depends=\x00")
 	}
 	l := lock{Version: manifestVersion, Packages: []Package{
-		deb(t, cache, roleKernel, "linux-image-test", kernel),
-		deb(t, cache, roleFirmware, "ovmf-amdsev", map[string]string{image.Firmware.File: firmware(t), "usr/share/ovmf/other.fd": "x"}),
+		deb(t, cache, roleKernel, "linux-image-"+testKernel, kernel),
+		deb(t, cache, roleFirmware, "ovmf-amdsev", map[string]string{image.Firmware.File: string(fakebase.OVMF(t)), "usr/share/ovmf/other.fd": "x"}),
 		deb(t, cache, roleCA, "ca-certificates", map[string]string{
 			image.CA.File + "/B.crt": "cert B\n", image.CA.File + "/A.crt": "cert A", image.CA.File + "/README": "no"}),
 	}}
@@ -174,7 +155,7 @@ func TestBuild(t *testing.T) {
 	if b.Platform != PlatformSNP || b.KernelVersion != testKernel || b.Image != "cpu" {
 		t.Errorf("platform %q, kernel %q, image %q", b.Platform, b.KernelVersion, b.Image)
 	}
-	for path, want := range map[string]string{b.Kernel: "the kernel", b.OVMF: firmware(t), b.CACerts: "cert A\ncert B\n"} {
+	for path, want := range map[string]string{b.Kernel: "the kernel", b.OVMF: string(fakebase.OVMF(t)), b.CACerts: "cert A\ncert B\n"} {
 		if got, err := os.ReadFile(path); err != nil || string(got) != want {
 			t.Errorf("%s: %q, %v; want %q", path, got, err, want)
 		}
@@ -226,7 +207,7 @@ func TestBuild(t *testing.T) {
 func TestFirmware(t *testing.T) {
 	p := params(t)
 	fit := filepath.Join(t.TempDir(), "fit.fd")
-	other := []byte(firmware(t))
+	other := fakebase.OVMF(t)
 	other[0] ^= 1
 	plain := bytes.Replace(other, []byte{0x1f, 0x37, 0x55, 0x72}, make([]byte, 4), 1) // the start of the hash table's GUID
 	unfit := filepath.Join(t.TempDir(), "OVMF.fd")
@@ -358,6 +339,47 @@ func TestSimulatedProgramsStayOutOfProduction(t *testing.T) {
 		if err := os.RemoveAll(p.Out); err != nil {
 			t.Fatal(err)
 		}
+	}
+}
+
+// Made-up GPUs, their library and their roots are for simulated bases alone.
+func TestSimulatedGPUs(t *testing.T) {
+	from := t.TempDir()
+	library := filepath.Join(from, "root/usr/lib/libnvidia-ml.so.1")
+	if err := os.MkdirAll(filepath.Dir(library), 0o755); err != nil {
+		t.Fatal(err)
+	}
+	for name, text := range map[string]string{library: "a library", from + "/device-root.pem": "devices", from + "/rim-root.pem": "RIMs"} {
+		if err := os.WriteFile(name, []byte(text), 0o644); err != nil {
+			t.Fatal(err)
+		}
+	}
+	p := params(t)
+	p.SimulatedGPU = from
+	if _, err := Build(t.Context(), p); err == nil || !strings.Contains(err.Error(), "made-up GPUs are for platform simulated alone") {
+		t.Errorf("for snp: %v", err)
+	}
+	p.Platform = PlatformSimulated
+	b := build1(t, p)
+	if b.GPU == nil || b.GPU.DeviceRoot != "devices" || b.GPU.RIMRoot != "RIMs" || b.Root["/usr/lib/libnvidia-ml.so.1"] != filepath.Join(p.Out, "root/usr/lib/libnvidia-ml.so.1") {
+		t.Errorf("GPUs %+v, files %v", b.GPU, b.Root)
+	}
+	// A manifest that says so for hardware is no base.
+	file := filepath.Join(p.Out, manifestFile)
+	data, err := os.ReadFile(file)
+	if err != nil {
+		t.Fatal(err)
+	}
+	data = []byte(strings.Replace(string(data), `"platform": "simulated"`, `"platform": "snp"`, 1))
+	if err := os.WriteFile(file, data, 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Open(p.Out); !errors.Is(err, ErrNotBase) || !strings.Contains(err.Error(), "trusts simulated GPUs") {
+		t.Errorf("for snp, by hand: %v", err)
+	}
+	p.SimulatedGPU = t.TempDir()
+	if _, err := Build(t.Context(), p); err == nil {
+		t.Error("a folder without roots was taken")
 	}
 }
 
@@ -633,6 +655,7 @@ func TestBuildFromDebian(t *testing.T) {
 		here[m.Name] = true
 	}
 	image, _ := images.Load("cpu")
+	// What either platform wants; the kernel may have more.
 	for _, name := range slices.Concat(image.ModuleNames(PlatformSNP, ""), image.ModuleNames(PlatformSNP, "nfs")) {
 		if name = strings.TrimPrefix(name, modules.OptionalMark); !here[name] {
 			t.Errorf("%s is not in the initrd", name)

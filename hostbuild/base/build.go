@@ -6,10 +6,12 @@ import (
 	"debug/buildinfo"
 	"errors"
 	"fmt"
+	"io/fs"
 	"maps"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 
@@ -42,6 +44,13 @@ type Params struct {
 	// empty and the package cannot be had, InstalledOVMF is taken if it is there.
 	OVMF string
 
+	// SimulatedGPU is a folder that makes a simulated base one for made-up GPUs: a
+	// tree root of files for the verity root, and device-root.pem and rim-root.pem.
+	SimulatedGPU string
+	// NVIDIADriver is a driver to take in place of the image's packages: NVIDIA's
+	// .run file or a folder of .deb files.
+	NVIDIADriver string
+
 	Cache  string // folder that keeps downloaded packages by their SHA-256
 	Mirror Mirror // what is empty is found out from the machine
 	Locked string // a base.lock; if set, exactly its packages are taken
@@ -70,12 +79,21 @@ func Build(ctx context.Context, p Params) (*Base, error) {
 	if p.Platform != PlatformSNP && p.Platform != PlatformSimulated {
 		return nil, fmt.Errorf("build base: platform %q is not %s or %s", p.Platform, PlatformSNP, PlatformSimulated)
 	}
+	if p.SimulatedGPU != "" && p.Platform != PlatformSimulated {
+		return nil, fmt.Errorf("build base: made-up GPUs are for platform %s alone", PlatformSimulated)
+	}
 	if p.Out == "" || p.Cache == "" {
 		return nil, errors.New("build base: the output or cache folder is not given")
 	}
 	image, err := images.Load(p.Image)
 	if err != nil {
 		return nil, fmt.Errorf("build base: %w", err)
+	}
+	if p.SimulatedGPU != "" && image.NVIDIA != nil {
+		return nil, fmt.Errorf("build base: the image %s has a driver for real GPUs, not for made-up ones", p.Image)
+	}
+	if p.NVIDIADriver != "" && image.NVIDIA == nil {
+		return nil, fmt.Errorf("build base: the image %s has no NVIDIA driver", p.Image)
 	}
 	b, err := build(ctx, p, image)
 	if err != nil {
@@ -96,7 +114,11 @@ func build(ctx context.Context, p Params, image *images.Image) (*Base, error) {
 			return nil, err
 		}
 	}
-	for _, name := range guestPrograms {
+	programs := guestPrograms
+	if image.NVIDIA != nil {
+		programs = append(slices.Clone(programs), "gpu-helper")
+	}
+	for _, name := range programs {
 		if p.Programs[name] == "" {
 			return nil, fmt.Errorf("the program %s is not given", name)
 		}
@@ -134,7 +156,11 @@ func build(ctx context.Context, p Params, image *images.Image) (*Base, error) {
 		return nil, err
 	}
 	m.KernelVersion = k.version
-	loaded, err := k.modules.ClosureOf(image.ModuleNames(p.Platform, ""), guestconfig.FeatureNFS, image.ModuleNames(p.Platform, guestconfig.FeatureNFS))
+	features := map[string][]string{}
+	for _, f := range []string{guestconfig.FeatureNFS, guestconfig.FeatureGPU} {
+		features[f] = image.ModuleNames(p.Platform, f)
+	}
+	loaded, err := k.modules.ClosureOf(image.ModuleNames(p.Platform, ""), features)
 	if err != nil {
 		return nil, err
 	}
@@ -181,6 +207,30 @@ func build(ctx context.Context, p Params, image *images.Image) (*Base, error) {
 			return nil, err
 		}
 	}
+	if p.SimulatedGPU != "" {
+		if m.GPU, err = putSimulatedGPU(p.SimulatedGPU, dir, put); err != nil {
+			return nil, fmt.Errorf("simulated GPUs: %w", err)
+		}
+	}
+	if image.NVIDIA != nil {
+		work, err := os.MkdirTemp(p.Cache, "nvidia-")
+		if err != nil {
+			return nil, err
+		}
+		defer os.RemoveAll(work)
+		if work, err = filepath.Abs(work); err != nil {
+			return nil, err
+		}
+		d := &driver{NVIDIA: image.NVIDIA, kernel: k.version, debs: debs, own: p.NVIDIADriver, log: p.Log}
+		packed, gpu, own, err := d.build(ctx, work)
+		if err == nil {
+			err = put(nvidiaFile, packed, 0o644)
+		}
+		if err != nil {
+			return nil, err
+		}
+		m.GPU, m.Packages = gpu, append(m.Packages, own...)
+	}
 	packed, err := packPrograms(ctx, filepath.Join(dir, programDir))
 	if err != nil {
 		return nil, err
@@ -209,6 +259,33 @@ func build(ctx context.Context, p Params, image *images.Image) (*Base, error) {
 	return Open(p.Out)
 }
 
+// putSimulatedGPU puts the files for made-up GPUs into a base.
+func putSimulatedGPU(from, dir string, put func(name string, data []byte, mode os.FileMode) error) (*GPU, error) {
+	var roots [2]string
+	for i, name := range []string{"device-root.pem", "rim-root.pem"} {
+		b, err := os.ReadFile(filepath.Join(from, name))
+		if err != nil {
+			return nil, err
+		}
+		roots[i] = string(b)
+	}
+	tree := os.DirFS(from)
+	err := fs.WalkDir(tree, rootDir, func(path string, d fs.DirEntry, err error) error {
+		switch {
+		case err != nil:
+			return err
+		case d.IsDir():
+			return os.Mkdir(filepath.Join(dir, path), 0o755)
+		}
+		data, err := fs.ReadFile(tree, path)
+		if err != nil {
+			return err
+		}
+		return put(path, data, 0o755)
+	})
+	return &GPU{Driver: "simulated", DeviceRoot: roots[0], RIMRoot: roots[1]}, err
+}
+
 // packPrograms makes a compressed EROFS of a folder: every byte that the guest
 // reads is decrypted and verified first, so there had better be few. Programs
 // with the same content become one file, whose pages the guest keeps once.
@@ -218,7 +295,7 @@ func packPrograms(ctx context.Context, dir string) ([]byte, error) {
 		return nil, err
 	}
 	defer os.RemoveAll(tmp)
-	tree := filepath.Join(tmp, "tree")
+	tree := filepath.Join(tmp, "programs")
 	if err := os.Mkdir(tree, 0o755); err != nil {
 		return nil, err
 	}
@@ -243,16 +320,30 @@ func packPrograms(ctx context.Context, dir string) ([]byte, error) {
 			return nil, err
 		}
 	}
-	if err := os.Chmod(tree, 0o755); err != nil {
+	return packTree(ctx, tree)
+}
+
+// packTree makes a compressed EROFS of a folder, whose folders' modes it sets.
+func packTree(ctx context.Context, tree string) ([]byte, error) {
+	err := filepath.WalkDir(tree, func(path string, e fs.DirEntry, err error) error {
+		if err == nil && e.IsDir() {
+			err = os.Chmod(path, 0o755)
+		}
+		return err
+	})
+	if err != nil {
 		return nil, err
 	}
-	out := filepath.Join(tmp, programsFile)
+	out := tree + ".erofs"
 	cmd := exec.CommandContext(ctx, "mkfs.erofs", "-zlz4hc", "-C65536", "-T0", "-U", "00000000-0000-0000-0000-000000000000", "--all-root", out, tree)
 	if text, err := cmd.CombinedOutput(); err != nil {
-		return nil, fmt.Errorf("pack the programs with mkfs.erofs (package erofs-utils): %w\n%s", err, text)
+		return nil, fmt.Errorf("pack %s with mkfs.erofs (package erofs-utils): %w\n%s", filepath.Base(tree), err, text)
 	}
 	return os.ReadFile(out)
 }
+
+// cpus is how many jobs a build runs.
+func cpus() int { return runtime.GOMAXPROCS(0) }
 
 // checkProgram keeps simulation code out of a production base. It is told by
 // the build tag that Go records in a program.
@@ -296,15 +387,15 @@ func fetch(ctx context.Context, p *Params, image *images.Image) (packages []Pack
 		}
 	}
 	debs = map[string]string{}
-	for _, want := range []struct {
-		role string
-		images.Package
-	}{{roleKernel, image.Kernel}, {roleFirmware, image.Firmware}, {roleCA, image.CA}} {
-		if want.role == roleFirmware && p.OVMF != "" {
+	want := []wanted{{roleKernel, image.Kernel}, {roleFirmware, image.Firmware}, {roleCA, image.CA}}
+	for len(want) > 0 {
+		next := want[0]
+		want = want[1:]
+		if next.role == roleFirmware && p.OVMF != "" {
 			continue
 		}
-		pkg, deb, err := f.fetch(ctx, want.role, want.Package)
-		if err != nil && want.role == roleFirmware && p.Locked == "" && ctx.Err() == nil {
+		pkg, deb, err := f.fetch(ctx, next.role, next.Package)
+		if err != nil && next.role == roleFirmware && p.Locked == "" && ctx.Err() == nil {
 			if _, missing := os.Stat(InstalledOVMF); missing == nil {
 				p.Log("the firmware's package cannot be had (%v): taking %s", err, InstalledOVMF)
 				p.OVMF = InstalledOVMF
@@ -314,10 +405,23 @@ func fetch(ctx context.Context, p *Params, image *images.Image) (packages []Pack
 		if err != nil {
 			return nil, nil, err
 		}
-		debs[want.role] = deb
+		debs[next.role] = deb
 		packages = append(packages, pkg)
+		if next.role == roleKernel && image.NVIDIA != nil {
+			more, err := driverPackages(image.NVIDIA, pkg, p.NVIDIADriver != "")
+			if err != nil {
+				return nil, nil, err
+			}
+			want = append(want, more...)
+		}
 	}
 	return packages, debs, nil
+}
+
+// wanted is a package and what it is for.
+type wanted struct {
+	role string
+	images.Package
 }
 
 // fetcher brings packages into the store, and asks apt only for what is not there.

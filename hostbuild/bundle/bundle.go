@@ -56,6 +56,7 @@ type Manifest struct {
 	Image         Image                   `json:"image"`
 	Disk          guestconfig.Disk        `json:"disk"`
 	KBS           KBS                     `json:"kbs"`
+	KDS           string                  `json:"kds_url,omitempty"` // where the agent fetches chips' certificates
 	Network       guestconfig.Network     `json:"network"`
 	Attestation   guestconfig.Attestation `json:"attestation"`
 	MinTCB        TCB                     `json:"min_tcb"`
@@ -80,7 +81,10 @@ type UserConfigPin struct {
 type File struct {
 	Name   string `json:"name"`
 	Size   int64  `json:"size"`
-	SHA256 string `json:"sha256"`
+	SHA256 string `json:"sha256,omitempty"` // of all files but crypt_root
+	// PartsSHA256 is crypt_root's: of the SHA-256 of each MiB, as
+	// `split -b 1M --filter=sha256sum FILE | sha256sum` has it.
+	PartsSHA256 string `json:"parts_sha256,omitempty"`
 }
 
 // LaunchDigest is what the chip reports for one shape of the VM.
@@ -127,14 +131,23 @@ type KBS struct {
 	URL        string `json:"url"`
 	KeyPath    string `json:"key_path"`
 	CanaryPath string `json:"canary_path"`
+
+	// What is for evidence with verified GPUs alone, the canary besides.
+	VaultKeyPath string   `json:"vault_key_path,omitempty"` // of /vault's key
+	GPUResources []string `json:"gpu_resources,omitempty"`
 }
 
 // Cmdline returns the kernel command line of a CVM. It is measured, and carries
-// hardening (facts of the words: docs/security.md) and the CVM's id alone.
-func Cmdline(platform, cvmID string) string {
+// hardening (facts of the words: docs/security.md) and the CVM's id alone. In a
+// guest with GPUs init locks the kernel once their driver, which Debian has not
+// signed, is in.
+func Cmdline(platform, cvmID string, gpu bool) string {
 	words := "console=ttyS0 loglevel=4 panic=-1 oops=panic mce=off random.trust_cpu=on random.trust_bootloader=off" +
 		" ia32_emulation=off vsyscall=none debugfs=off efi=noruntime init_on_alloc=1 acpi_no_static_ssdt" +
-		" cryptomgr.notests=1 module.sig_enforce=1 lockdown=integrity"
+		" cryptomgr.notests=1"
+	if !gpu {
+		words += " module.sig_enforce=1 lockdown=integrity"
+	}
 	if platform == guestconfig.PlatformSNP {
 		words += " tsc=reliable clocksource=tsc no-kvmclock"
 	} else { // QEMU 7.2 under TCG corrupts flags around the kernel's cmpxchg16b

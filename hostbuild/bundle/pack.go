@@ -10,6 +10,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"hash"
 	"hash/crc32"
 	"io"
 	"os"
@@ -167,32 +168,13 @@ func (m *Member) Close() (File, error) {
 	if err := a.f.Truncate(end); err != nil { // holes at the end become part of the file
 		return File{}, err
 	}
-	h := sha256.New()
-	pieces, free := make(chan []byte, 2), make(chan []byte, 3)
-	for range cap(free) {
-		free <- make([]byte, 32*framed)
-	}
-	var readErr error
-	go func() {
-		defer close(pieces)
-		for off := int64(0); off < m.size; {
-			b := <-free
-			n := min(m.size-off, int64(cap(b)/framed*storedBlock))
-			if b, readErr = m.read(b[:cap(b)], off, n); readErr != nil {
-				return
-			}
-			pieces <- b
-			off += n
+	sum, err := sumParts(m.size, partSize/storedBlock*framed, m.read, func(h hash.Hash, b []byte) {
+		for ; len(b) > 0; b = b[min(framed, len(b)):] {
+			h.Write(b[storedHead:min(framed, len(b))])
 		}
-	}()
-	for b := range pieces {
-		for rest := b; len(rest) > 0; rest = rest[min(framed, len(rest)):] {
-			h.Write(rest[storedHead:min(framed, len(rest))])
-		}
-		free <- b
-	}
-	if readErr != nil {
-		return File{}, fmt.Errorf("read %s back: %w", m.name, readErr)
+	})
+	if err != nil {
+		return File{}, fmt.Errorf("read %s back: %w", m.name, err)
 	}
 	a.off = end
 	if pad := -m.size & (tarBlock - 1); pad > 0 {
@@ -200,7 +182,7 @@ func (m *Member) Close() (File, error) {
 			return File{}, err
 		}
 	}
-	return File{Name: m.name, Size: m.size, SHA256: hex.EncodeToString(h.Sum(nil))}, nil
+	return File{Name: m.name, Size: m.size, PartsSHA256: sum}, nil
 }
 
 // read reads and counts the blocks of n bytes at off, which begins a block. The

@@ -5,7 +5,7 @@ import (
 	"bytes"
 	"compress/gzip"
 	"crypto/sha256"
-	"encoding/hex"
+	"fmt"
 	"io"
 	"math/rand/v2"
 	"os"
@@ -70,8 +70,11 @@ func testArchive(t *testing.T, size int) (path string, content []byte) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	sum := sha256.Sum256(content)
-	if want := (File{CryptRoot, int64(size), hex.EncodeToString(sum[:])}); got != want {
+	parts := sha256.New()
+	for rest := content; len(rest) > 0; rest = rest[min(1<<20, len(rest)):] {
+		fmt.Fprintf(parts, "%x  -\n", sha256.Sum256(rest[:min(1<<20, len(rest))]))
+	}
+	if want := (File{Name: CryptRoot, Size: int64(size), PartsSHA256: fmt.Sprintf("%x", parts.Sum(nil))}); got != want {
 		t.Errorf("size %d: described as %+v, want %+v", size, got, want)
 	}
 	for _, name := range []string{LaunchVM, ManifestName} {
@@ -130,7 +133,15 @@ func TestArchiveUnpacks(t *testing.T) {
 		if out, err := cmd.CombinedOutput(); err != nil {
 			t.Fatalf("%v: %v\n%s", c, err, out)
 		}
-		b, err := os.ReadFile(filepath.Join(dir, "cvm_1", CryptRoot))
+		name := filepath.Join(dir, "cvm_1", CryptRoot)
+		said, err := exec.Command("sh", "-c", `split -b 1M --filter=sha256sum "$1" | sha256sum`, "sh", name).Output()
+		if err != nil {
+			t.Fatal(err)
+		}
+		if f, err := describe(t.Context(), name); err != nil || f.PartsSHA256+"  -\n" != string(said) {
+			t.Errorf("%v: described as %+v, %v; coreutils say %s", c, f, err, said)
+		}
+		b, err := os.ReadFile(name)
 		if err != nil || !bytes.Equal(b, content) {
 			t.Errorf("%v: %d bytes, %v", c, len(b), err)
 		}

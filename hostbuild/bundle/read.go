@@ -9,6 +9,7 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"hash"
 	"io"
 	"io/fs"
 	"os"
@@ -122,6 +123,8 @@ func CheckFiles(ctx context.Context, dir string, m *Manifest) error {
 			errs = append(errs, fmt.Errorf("%s: %d bytes, the manifest says %d", f.Name, got.Size, f.Size))
 		case got.SHA256 != f.SHA256:
 			errs = append(errs, fmt.Errorf("%s: SHA-256 %s, the manifest says %s", f.Name, got.SHA256, f.SHA256))
+		case got.PartsSHA256 != f.PartsSHA256:
+			errs = append(errs, fmt.Errorf("%s: SHA-256 of its parts %s, the manifest says %s", f.Name, got.PartsSHA256, f.PartsSHA256))
 		}
 	}
 	for _, n := range names {
@@ -138,17 +141,34 @@ func describe(ctx context.Context, name string) (File, error) {
 		return File{}, err
 	}
 	defer f.Close()
-	h := sha256.New()
-	n, err := io.Copy(h, readerFunc(func(p []byte) (int, error) {
-		if err := ctx.Err(); err != nil {
-			return 0, err
+	d := File{Name: filepath.Base(name)}
+	if d.Name == CryptRoot {
+		var st fs.FileInfo
+		if st, err = f.Stat(); err != nil {
+			return File{}, err
 		}
-		return f.Read(p)
-	}))
+		d.Size = st.Size()
+		d.PartsSHA256, err = sumParts(d.Size, partSize, func(b []byte, off, n int64) ([]byte, error) {
+			if err := ctx.Err(); err != nil {
+				return nil, err
+			}
+			_, err := f.ReadAt(b[:n], off)
+			return b[:n], err
+		}, func(h hash.Hash, b []byte) { h.Write(b) })
+	} else {
+		h := sha256.New()
+		d.Size, err = io.Copy(h, readerFunc(func(p []byte) (int, error) {
+			if err := ctx.Err(); err != nil {
+				return 0, err
+			}
+			return f.Read(p)
+		}))
+		d.SHA256 = hex.EncodeToString(h.Sum(nil))
+	}
 	if err != nil {
 		return File{}, fmt.Errorf("hash %s: %w", name, err)
 	}
-	return File{Name: filepath.Base(name), Size: n, SHA256: hex.EncodeToString(h.Sum(nil))}, nil
+	return d, nil
 }
 
 type readerFunc func([]byte) (int, error)

@@ -6,6 +6,7 @@
 package cli
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"fmt"
@@ -24,15 +25,27 @@ import (
 // App is the program.
 type App struct {
 	Version        string
+	Stdin          io.Reader
 	Stdout, Stderr io.Writer
 	Terminal       bool // Stderr is a terminal: progress may be shown
+	Asks           bool // Stdin is one too: questions may be asked
+
+	Size func() (width, height int) // of the terminal that Stdout is; nil: it is none
 
 	settingsFile string
 }
 
 // Main runs the program on this process's outputs and returns the exit code.
 func Main(ctx context.Context, version string, args []string) int {
-	a := &App{Version: version, Stdout: os.Stdout, Stderr: os.Stderr, Terminal: term.IsTerminal(2)}
+	a := &App{Version: version, Stdin: os.Stdin, Stdout: os.Stdout, Stderr: os.Stderr, Terminal: term.IsTerminal(2), Asks: term.IsTerminal(0) && term.IsTerminal(2)}
+	if term.IsTerminal(1) {
+		a.Size = func() (int, int) {
+			if w, h, err := term.GetSize(1); err == nil && w > 0 && h > 0 {
+				return w, h
+			}
+			return 80, 24
+		}
+	}
 	return a.Run(ctx, args)
 }
 
@@ -57,13 +70,13 @@ func (a *App) Run(ctx context.Context, args []string) int {
 	if strings.HasPrefix(filepath.Base(args[0]), "cvm_build") || len(rest) == 1 && isYAML(rest[0]) {
 		rest = append([]string{"cvm"}, rest...)
 	}
-	root := a.root()
+	root := a.Command()
 	root.SetArgs(rest)
 	root.SetOut(a.Stdout)
 	root.SetErr(a.Stderr)
 	if err := root.ExecuteContext(ctx); err != nil {
 		a.say("hostbuild", err.Error())
-		if errors.Is(err, errUsage) {
+		if errors.Is(err, errUsage) || strings.HasPrefix(err.Error(), "unknown command ") { // the latter is cobra's, for root
 			return 2
 		}
 		return 1
@@ -84,7 +97,8 @@ func (a *App) say(heading, text string) {
 	}
 }
 
-func (a *App) root() *cobra.Command {
+// Command is the whole command line, for those who describe it.
+func (a *App) Command() *cobra.Command {
 	root := &cobra.Command{
 		Use:   "hostbuild",
 		Short: "Build, register and inspect confidential VM bundles",
@@ -100,7 +114,7 @@ gives its key and its rule to a Trustee KBS, and can be that KBS itself.`,
 	root.CompletionOptions.HiddenDefaultCmd = true
 	root.PersistentFlags().StringVar(&a.settingsFile, "settings", "", "settings of this build host (default $COFFER_SETTINGS, ~/.config/coffer/hostbuild.yaml, /etc/coffer/hostbuild.yaml)")
 	root.SetFlagErrorFunc(func(_ *cobra.Command, err error) error { return fmt.Errorf("%w: %w", errUsage, err) })
-	root.AddCommand(a.cvm(), a.verify(), a.cache(), a.base(), a.kbs(), a.policy(), a.drive(), a.measure(), a.report(), a.rim(), a.gpu())
+	root.AddCommand(a.init(), a.doctor(), a.cvm(), a.watch(), a.verify(), a.cache(), a.base(), a.kbs(), a.policy(), a.drive(), a.measure(), a.report(), a.rim(), a.gpu())
 	return root
 }
 
@@ -111,10 +125,10 @@ func group(use, short string, cmds ...*cobra.Command) *cobra.Command {
 	return c
 }
 
-// usage turns a wrong number of arguments into errUsage.
+// usage turns a wrong number of arguments, and a required flag that is missing, into errUsage.
 func usage(p cobra.PositionalArgs) cobra.PositionalArgs {
 	return func(c *cobra.Command, args []string) error {
-		if err := p(c, args); err != nil {
+		if err := cmp.Or(p(c, args), c.ValidateRequiredFlags()); err != nil {
 			return fmt.Errorf("%w: %w; see %s --help", errUsage, err, c.CommandPath())
 		}
 		return nil
@@ -122,16 +136,20 @@ func usage(p cobra.PositionalArgs) cobra.PositionalArgs {
 }
 
 func (a *App) settings() (*settings.Settings, error) {
-	path, err := settings.Find(a.settingsFile, os.Getenv)
-	if err != nil {
-		return nil, err
-	}
-	s, err := settings.Read(path)
+	s, err := a.readSettings()
 	if err != nil {
 		return nil, err
 	}
 	a.warn(s.Warnings)
 	return s, nil
+}
+
+func (a *App) readSettings() (*settings.Settings, error) {
+	path, err := settings.Find(a.settingsFile, os.Getenv)
+	if err != nil {
+		return nil, err
+	}
+	return settings.Read(path)
 }
 
 func (a *App) warn(ws []string) {

@@ -3,11 +3,8 @@ package cli
 import (
 	"bufio"
 	"bytes"
-	"compress/gzip"
 	"context"
 	"crypto/sha256"
-	"encoding/hex"
-	"encoding/json"
 	"errors"
 	"fmt"
 	"io"
@@ -16,16 +13,22 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"strings"
 	"testing"
 	"time"
 
 	"github.com/rogpeppe/go-internal/testscript"
+	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
 
+	"coffer/hostbuild/bundle"
+	"coffer/hostbuild/config"
 	"coffer/hostbuild/kbs"
+	"coffer/hostbuild/settings"
 	"coffer/internal/testenv"
 	"coffer/test/dockersave"
+	"coffer/test/fakebase"
 	"coffer/test/flarekit"
 )
 
@@ -76,15 +79,21 @@ func nvflareReader(argv []string) int {
 //
 //	$SETTINGS        settings of a build host; bundles go to $WORK/bundles
 //	$OTHER_ADMIN     the same with an admin key that the KBS does not know
+//	$KBS_URL, $BASE  address of the KBS, whose folder is $WORK/kbs; a guest base
 //	image FILE [PACKAGE...]          an archive, with Python packages
 //	two-images FILE                  an archive of two images
 //	truncate FILE SIZE               cuts a file
 //	kit FOLDER [no-cc|sign-first|gpu]  a startup kit
 //	tmpfs FOLDER SIZE                a small file system; needs root
 //	nothing FOLDER                   fails unless nothing lies in it, hidden files included
+//	bundle-id FILE                   sets $ID to the id in a file
+//	example VERB...                  runs the examples of a verb's help
+//	report FILE                      a report of the bundle in this folder, with 5 vCPUs
+//	usage COMMAND...                 fails unless the command's exit code is 2
 func TestScripts(t *testing.T) {
 	testenv.LookTool(t, "mke2fs")
-	base := fakeBase(t)
+	base := t.TempDir()
+	fakebase.Write(t, base)
 	testscript.Run(t, testscript.Params{
 		Dir:                 "testdata",
 		RequireExplicitExec: true,
@@ -113,6 +122,21 @@ func TestScripts(t *testing.T) {
 					ts.Fatalf("%s holds %s", args[0], e.Name())
 				}
 			},
+			"bundle-id": func(ts *testscript.TestScript, _ bool, args []string) {
+				ts.Setenv("ID", strings.TrimSpace(ts.ReadFile(args[0])))
+			},
+			"example": example,
+			"report": func(ts *testscript.TestScript, _ bool, args []string) { // of 5 vCPUs, of the bundle in this folder
+				m, err := bundle.ReadManifest(ts.MkAbs("."))
+				ts.Check(err)
+				ts.Check(os.WriteFile(ts.MkAbs(args[0]), reportOf(t, digestOf(t, ts.MkAbs("."), "EPYC-v4", 5, m.Cmdline)), 0o644))
+			},
+			"usage": func(ts *testscript.TestScript, _ bool, args []string) {
+				var exit *exec.ExitError
+				if err := ts.Exec(args[0], args[1:]...); !errors.As(err, &exit) || exit.ExitCode() != 2 {
+					ts.Fatalf("%q: %v, want exit code 2", args, err)
+				}
+			},
 		},
 		Condition: func(cond string) (bool, error) {
 			if cond != "root" {
@@ -122,6 +146,56 @@ func TestScripts(t *testing.T) {
 		},
 	})
 }
+
+func example(ts *testscript.TestScript, _ bool, verb []string) {
+	c, rest, err := new(App).Command().Find(verb)
+	if err != nil || len(rest) > 0 {
+		ts.Fatalf("no verb %q: %v", verb, err)
+	}
+	places := strings.NewReplacer("cvm_0123456789ab", ts.Getenv("ID"), "/srv/", ts.Getenv("WORK")+"/srv/")
+	for line := range strings.Lines(c.Example) {
+		ts.Check(ts.Exec("sh", "-c", places.Replace(line)))
+	}
+}
+
+// Every verb that does something has an example, and each is a command line that
+// can be read.
+func TestExamples(t *testing.T) {
+	app := new(App)
+	var walk func(c *cobra.Command)
+	walk = func(c *cobra.Command) {
+		for _, sub := range c.Commands() {
+			walk(sub)
+		}
+		if c.Example == "" && !c.HasSubCommands() {
+			t.Errorf("%s has no example", c.CommandPath())
+		}
+		for line := range strings.Lines(c.Example) {
+			line, _, _ = strings.Cut(quoted.ReplaceAllString(line, "X"), "|")
+			words := strings.Fields(redirected.ReplaceAllString(line, ""))
+			if words[0] == "cvm_build" {
+				words = append([]string{"hostbuild", "cvm"}, words[1:]...)
+			}
+			root := app.Command()
+			cmd, rest, err := root.Find(words[1:])
+			if err == nil {
+				err = cmd.ParseFlags(rest)
+			}
+			if err == nil && cmd.Args != nil {
+				err = cmd.Args(cmd, cmd.Flags().Args())
+			}
+			if err != nil || words[0] != "hostbuild" || c.HasParent() && cmd.CommandPath() != c.CommandPath() {
+				t.Errorf("%s: example %q: %v", c.CommandPath(), line, err)
+			}
+		}
+	}
+	walk(app.Command())
+}
+
+// quoted is a word of shell that holds blanks.
+var quoted = regexp.MustCompile(`"[^"]*"|'[^']*'|\$\([^)]*\)`)
+
+var redirected = regexp.MustCompile(`[<>] ?[^ ]+`)
 
 func setup(e *testscript.Env, base string) error {
 	dir := filepath.Join(e.WorkDir, "kbs")
@@ -155,60 +229,10 @@ func setup(e *testscript.Env, base string) error {
 		e.Setenv(name, file)
 	}
 	e.Setenv("COFFER_SETTINGS", e.Getenv("SETTINGS"))
+	e.Setenv("KBS_URL", "https://"+l.Addr().String())
+	e.Setenv("BASE", base)
 	e.Setenv("HOME", e.WorkDir)
 	return nil
-}
-
-// fakeBase is a guest base with a firmware that can be measured, and nothing that runs.
-func fakeBase(t *testing.T) string {
-	t.Helper()
-	raw, err := os.ReadFile("../../internal/measure/testdata/vectors.json")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var v struct {
-		Inputs struct {
-			Synthetic struct {
-				OVMF []byte `json:"ovmf_base64_gz"`
-			}
-		}
-	}
-	if err := json.Unmarshal(raw, &v); err != nil {
-		t.Fatal(err)
-	}
-	z, err := gzip.NewReader(bytes.NewReader(v.Inputs.Synthetic.OVMF))
-	if err != nil {
-		t.Fatal(err)
-	}
-	ovmf, err := io.ReadAll(z)
-	if err != nil {
-		t.Fatal(err)
-	}
-	dir := t.TempDir()
-	type file struct {
-		Path   string `json:"path"`
-		Size   int    `json:"size"`
-		SHA256 string `json:"sha256"`
-	}
-	var files []file
-	for name, data := range map[string][]byte{
-		"vmlinuz": []byte("a kernel"), "initrd-base.img": []byte("an initrd"), "OVMF.amdsev.fd": ovmf, "ca-certificates.crt": []byte("certificates"),
-		"programs.erofs": []byte("p"), "bin/agent": []byte("a"), "bin/containerd": []byte("c"), "bin/containerd-shim-runc-v2": []byte("s"), "bin/runc": []byte("r"), "bin/snpguest": []byte("g"),
-	} {
-		sum := sha256.Sum256(data)
-		files = append(files, file{name, len(data), hex.EncodeToString(sum[:])})
-		if err := errors.Join(os.MkdirAll(filepath.Dir(filepath.Join(dir, name)), 0o755), os.WriteFile(filepath.Join(dir, name), data, 0o644)); err != nil {
-			t.Fatal(err)
-		}
-	}
-	doc, err := json.Marshal(map[string]any{"version": 1, "platform": "snp", "kernel_version": "6.12.0-test", "files": files})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(filepath.Join(dir, "base.json"), doc, 0o644); err != nil {
-		t.Fatal(err)
-	}
-	return dir
 }
 
 // incompressible fills a layer so that a cut archive is cut inside of it.
@@ -264,4 +288,33 @@ func twoImages(path string) error {
 		return err
 	}
 	return os.WriteFile(path, b.Bytes(), 0o644)
+}
+
+// On a terminal, init asks for what is not said, again where nothing is answered.
+func TestInitAsks(t *testing.T) {
+	dir := t.TempDir()
+	t.Chdir(dir)
+	var out, errs bytes.Buffer
+	a := &App{Version: "test", Asks: true, Stdout: &out, Stderr: &errs,
+		Stdin: strings.NewReader("https://127.0.0.1:1\n\nca.pem\n~/admin.key\npolicy\napp: 1.tar.gz\n")}
+	t.Setenv("HOME", dir)
+	code := a.Run(context.Background(), []string{"hostbuild", "--settings", "settings.yaml", "init", "--base-dir", "base"})
+	if code != 1 || !strings.Contains(out.String(), "MISSING  kbs.ca") { // there is none
+		t.Errorf("code %d, %s%s", code, out.String(), errs.String())
+	}
+	if n := strings.Count(errs.String(), "PEM file of the authority"); n != 2 {
+		t.Errorf("an empty answer is asked again %d times: %q", n-1, errs.String())
+	}
+	s, err := settings.Read("settings.yaml")
+	if err != nil || s.KBSURL != "https://127.0.0.1:1" || s.KBSCA != filepath.Join(dir, "ca.pem") || s.AdminKey != filepath.Join(dir, "admin.key") {
+		t.Errorf("%+v, %v", s, err)
+	}
+	c, err := config.Read("CONFIG.yaml")
+	if err != nil || c.DockerArchive != filepath.Join(dir, "app: 1.tar.gz") || len(c.Warnings) != 0 {
+		t.Errorf("%+v, %v", c, err)
+	}
+	a.Stdin = strings.NewReader("https://127.0.0.1:1\n")
+	if code := a.Run(context.Background(), []string{"hostbuild", "--settings", "cut.yaml", "init"}); code != 1 {
+		t.Errorf("answers that end: code %d", code)
+	}
 }

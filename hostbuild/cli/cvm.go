@@ -28,6 +28,9 @@ NVFlare's OnPremPackager calls this as build_image_cmd: give it the path of
 cvm_build, which is this verb under a name of its own.`,
 		Example: "  hostbuild cvm CONFIG.yaml\n  cvm_build CONFIG.yaml",
 		Args:    usage(cobra.ExactArgs(1)),
+		ValidArgsFunction: func(*cobra.Command, []string, string) ([]string, cobra.ShellCompDirective) {
+			return []string{"yaml", "yml"}, cobra.ShellCompDirectiveFilterFileExt
+		},
 		RunE: func(cmd *cobra.Command, args []string) error {
 			if err := a.joinOutputs(); err != nil {
 				return err

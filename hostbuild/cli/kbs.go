@@ -24,7 +24,7 @@ func (a *App) kbsInit() *cobra.Command {
 		Use:   "init FOLDER",
 		Short: "Make the keys, certificates and stores of a new KBS",
 		Long: `Makes a folder with a CA (ca.pem), a server certificate, the admin key (admin.key), the
-token signer and empty stores, and prints settings for a build host to start from.`,
+token signer and empty stores. A build host needs ca.pem, admin.key and the folder policy.`,
 		Example: "  hostbuild kbs init /srv/kbs --host kbs.example --host 192.0.2.7",
 		Args:    usage(cobra.ExactArgs(1)),
 		RunE: func(_ *cobra.Command, args []string) error {
@@ -38,14 +38,8 @@ token signer and empty stores, and prints settings for a build host to start fro
 			if err := os.Mkdir(filepath.Join(dir, "policy"), 0o755); err != nil {
 				return err
 			}
-			fmt.Fprintf(a.Stdout, `# settings of a build host: ~/.config/coffer/hostbuild.yaml
-kbs:
-  url: https://%s
-  ca: %s
-  admin_key: %s
-policy_dir: %s
-base_dir: /path/of/a/base # made by: hostbuild base build
-`, net.JoinHostPort(hosts[0], "8999"), filepath.Join(dir, "ca.pem"), filepath.Join(dir, "admin.key"), filepath.Join(dir, "policy"))
+			fmt.Fprintf(a.Stdout, "%s is ready\nnext: hostbuild kbs serve --dir %s --listen 0.0.0.0:8999\non the build host: hostbuild init --kbs-url https://%s --kbs-dir %s\n",
+				dir, dir, net.JoinHostPort(hosts[0], "8999"), dir)
 			return nil
 		},
 	}

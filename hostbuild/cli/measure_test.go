@@ -2,12 +2,10 @@ package cli
 
 import (
 	"bytes"
-	"compress/gzip"
 	"context"
 	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
-	"io"
 	"os"
 	"path/filepath"
 	"strings"
@@ -15,6 +13,7 @@ import (
 
 	"coffer/hostbuild/bundle"
 	"coffer/internal/measure"
+	"coffer/test/fakebase"
 	"coffer/test/simsnp"
 )
 
@@ -36,41 +35,13 @@ func writeFiles(t *testing.T, dir string, files map[string][]byte) {
 	}
 }
 
-// syntheticOVMF is the small firmware of package measure's vectors.
-func syntheticOVMF(t *testing.T) []byte {
-	t.Helper()
-	text, err := os.ReadFile("../../internal/measure/testdata/vectors.json")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var v struct {
-		Inputs struct {
-			Synthetic struct {
-				OVMF string `json:"ovmf_base64_gz"`
-			}
-		}
-	}
-	if err := json.Unmarshal(text, &v); err != nil {
-		t.Fatal(err)
-	}
-	r, err := gzip.NewReader(base64.NewDecoder(base64.StdEncoding, strings.NewReader(v.Inputs.Synthetic.OVMF)))
-	if err != nil {
-		t.Fatal(err)
-	}
-	b, err := io.ReadAll(r)
-	if err != nil {
-		t.Fatal(err)
-	}
-	return b
-}
-
 const testCmdline = "console=ttyS0 vm_id=cvm_0123456789ab"
 
 // testBundle makes the measured files of an unpacked bundle and its manifest.
 func testBundle(t *testing.T) (dir string, m *bundle.Manifest) {
 	t.Helper()
 	dir = t.TempDir()
-	ovmf := syntheticOVMF(t)
+	ovmf := fakebase.OVMF(t)
 	writeFiles(t, dir, map[string][]byte{
 		bundle.OVMF: ovmf, bundle.Kernel: []byte("kernel"), bundle.Initrd: []byte("initrd"),
 		bundle.LaunchVM: []byte("#!/bin/sh\nCMDLINE='" + testCmdline + "'\n"),
@@ -112,6 +83,24 @@ func digestOf(t *testing.T, dir, cpu string, vcpus int, cmdline string) string {
 		t.Fatal(err)
 	}
 	return hex.EncodeToString(r.LaunchDigest[:])
+}
+
+// reportOf is a report with a launch digest.
+func reportOf(t *testing.T, digest string) []byte {
+	t.Helper()
+	chip, err := simsnp.New(simsnp.Params{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	sum, err := hex.DecodeString(digest)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r, err := chip.Report([48]byte(sum), [64]byte{}, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	return r.Marshal()
 }
 
 func fileArgs(dir string, more ...string) []string {
@@ -185,7 +174,7 @@ func TestMeasureExplain(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	ovmf, other := syntheticOVMF(t), t.TempDir()
+	ovmf, other := fakebase.OVMF(t), t.TempDir()
 	writeFiles(t, changed, map[string][]byte{bundle.OVMF: ovmf, bundle.Kernel: []byte("kernel"), bundle.Initrd: append(initrd, ' ')})
 	ovmf = bytes.Clone(ovmf)
 	ovmf[0] ^= 1
@@ -250,20 +239,13 @@ func TestMeasureExplain(t *testing.T) {
 // A report and Trustee's evidence are as good as their digest.
 func TestMeasureExplainsReports(t *testing.T) {
 	dir, _ := testBundle(t)
-	chip, err := simsnp.New(simsnp.Params{})
-	if err != nil {
-		t.Fatal(err)
-	}
-	sum, err := hex.DecodeString(digestOf(t, dir, "EPYC-v4", 5, testCmdline))
-	if err != nil {
-		t.Fatal(err)
-	}
-	r, err := chip.Report([48]byte(sum), [64]byte{}, 0)
+	digest := digestOf(t, dir, "EPYC-v4", 5, testCmdline)
+	sum, err := hex.DecodeString(digest)
 	if err != nil {
 		t.Fatal(err)
 	}
 	file := filepath.Join(dir, "report.bin")
-	writeFiles(t, dir, map[string][]byte{"report.bin": r.Marshal(), "short.bin": []byte("x")})
+	writeFiles(t, dir, map[string][]byte{"report.bin": reportOf(t, digest), "short.bin": []byte("x")})
 	for _, arg := range []string{file, base64.StdEncoding.EncodeToString(sum)} {
 		code, out, errOut := run(t, "measure", dir, "--json", "--explain", arg)
 		if e := parseOutput(t, out).Explanation; code != 0 || e.Change == nil || e.Change.Actual != "5" {

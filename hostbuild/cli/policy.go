@@ -31,6 +31,23 @@ func (a *App) warnOfPolicy(s *settings.Settings) func(policy.Finding) {
 	return func(f policy.Finding) { a.warn([]string{fmt.Sprintf("%s/policy.rego, %s", s.PolicyDir, f)}) }
 }
 
+// completeCVM offers the CVMs that have a rule.
+func (a *App) completeCVM(_ *cobra.Command, args []string, _ string) ([]string, cobra.ShellCompDirective) {
+	s, err := a.readSettings()
+	if err != nil || len(args) > 0 {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	rules, err := register.Rules(s.PolicyDir)
+	if err != nil {
+		return nil, cobra.ShellCompDirectiveNoFileComp
+	}
+	var ids []string
+	for _, r := range rules {
+		ids = append(ids, r.CVMID)
+	}
+	return ids, cobra.ShellCompDirectiveNoFileComp
+}
+
 func (a *App) policy() *cobra.Command {
 	add := &cobra.Command{
 		Use:     "add BUNDLE",
@@ -62,8 +79,9 @@ func (a *App) policy() *cobra.Command {
 		Short: "Remove the rule of a CVM: it gets no key any more",
 		Long: `Removes the rule of a CVM. A running guest feels it at its next attestation round;
 its next boot gets no key. The key itself stays at the KBS: "policy add" undoes this.`,
-		Example: "  hostbuild policy remove cvm_0123456789ab",
-		Args:    usage(cobra.ExactArgs(1)),
+		Example:           "  hostbuild policy remove cvm_0123456789ab",
+		Args:              usage(cobra.ExactArgs(1)),
+		ValidArgsFunction: a.completeCVM,
 		RunE: func(cmd *cobra.Command, args []string) error {
 			r, err := a.registrar()
 			if err != nil {
@@ -110,8 +128,9 @@ its next boot gets no key. The key itself stays at the KBS: "policy add" undoes 
 		Short: "Print the master copy of the policy, or what one CVM's rule says",
 		Long: `Prints policy.rego of the policy folder, byte for byte, or one rule of it. What is
 doubtful in the text is printed as warnings on standard error.`,
-		Example: "  hostbuild policy show\n  hostbuild policy show cvm_0123456789ab",
-		Args:    usage(cobra.MaximumNArgs(1)),
+		Example:           "  hostbuild policy show\n  hostbuild policy show cvm_0123456789ab",
+		Args:              usage(cobra.MaximumNArgs(1)),
+		ValidArgsFunction: a.completeCVM,
 		RunE: func(_ *cobra.Command, args []string) error {
 			s, err := a.settings()
 			if err != nil {

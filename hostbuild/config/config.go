@@ -41,7 +41,10 @@ type Config struct {
 	Workload    guestconfig.Workload // without image and profile
 	Profile     string               // name of a workload profile, "" to choose by what the CVM runs
 	Peers       guestconfig.Peers
+	ACPITables  []string // signatures that the host may give besides q35's own
 	API         guestconfig.API
+	GPU         *GPU   // nil: no GPUs
+	VCEKs       string // folder of chips' certificates that go into the bundle, absolute; "": none
 
 	Issuers []Issuer
 
@@ -79,6 +82,28 @@ func Parse(file string, data []byte) (*Config, error) {
 	return build(doc, m)
 }
 
+// everything holds what further keys are asked for beside, in, or in each of.
+const everything = `
+user_config: {any: /}
+user_config_integrity: {required: [any]}
+hosts_entries: {any: ""}
+host_entries: {any: ""}
+network: {address: "", gateway: any}
+workload: {env: {any: ""}}
+peers: {min_tcb: {Turin: {fmc: 0}}}
+cc_issuers: [{id: any}]
+`
+
+// Keys lists all keys of a CONFIG.yaml.
+func Keys() []*yamlcheck.Key {
+	doc, m, err := yamlcheck.Parse("", []byte(everything))
+	if err != nil {
+		panic(err) // of a constant
+	}
+	_, _ = build(doc, m) // what is wrong with the values does not matter
+	return doc.Asked()
+}
+
 func build(doc *yamlcheck.Doc, m *yamlcheck.Map) (*Config, error) {
 	c := &Config{UserConfig: map[string]string{}}
 
@@ -90,9 +115,6 @@ func build(doc *yamlcheck.Doc, m *yamlcheck.Map) (*Config, error) {
 		m.Faultf("compute_env", "%q switches confidential computing off at NVFlare; only onprem_cvm is a CVM", v)
 	}
 	m.OneOf("cc_cpu_mechanism", "amd_sev_snp", "amd_sev_snp")
-	if m.Has("cc_gpu_mechanism") {
-		m.Faultf("cc_gpu_mechanism", "this version attests no GPU; remove the key, and the GPU authorizer from cc_issuers, to build without one")
-	}
 	c.Role = m.OneOf("role", "", "server", "client")
 
 	m.Required("docker_archive", "the image, saved by `docker save NAME | gzip > app.tar.gz`")
@@ -116,8 +138,19 @@ func build(doc *yamlcheck.Doc, m *yamlcheck.Map) (*Config, error) {
 
 	c.Network = network(m)
 	c.Attestation = attestation(m)
+	c.GPU = gpu(m, c.Network)
+	if c.Attestation.FailureAction == guestconfig.ActionGPUDisable && c.GPU == nil {
+		m.Faultf("cc_attestation", "failure_action gpu_disable needs GPUs: cc_gpu_mechanism, or the section gpu")
+	}
 	workload(c, m.Map("workload"))
 	c.Peers = peers(m.Map("peers"))
+	c.ACPITables = m.Strings("acpi_tables")
+	for i, t := range c.ACPITables {
+		if !guestconfig.ValidACPITable(t) {
+			m.FaultItemf("acpi_tables", i, "%q is not the signature of an ACPI table, four capital letters such as SSDT", t)
+		}
+	}
+	c.VCEKs = m.Path("vceks")
 	c.API.KDS = m.String("kds_url", "")
 	if !m.Has("kds_url") && slices.Contains(c.Network.AllowedOutPorts, guestconfig.Port{Port: 443, Proto: "tcp"}) {
 		c.API.KDS = amdKDS
@@ -297,7 +330,7 @@ func attestation(m *yamlcheck.Map) guestconfig.Attestation {
 	return guestconfig.Attestation{
 		CheckFrequency:    int(freq),
 		MaxStaleness:      int(stale),
-		FailureAction:     a.OneOf("failure_action", guestconfig.ActionStopJob, guestconfig.ActionStopJob, guestconfig.ActionShutdown, guestconfig.ActionLog),
+		FailureAction:     a.OneOf("failure_action", guestconfig.ActionStopJob, guestconfig.ActionStopJob, guestconfig.ActionShutdown, guestconfig.ActionLog, guestconfig.ActionGPUDisable),
 		RestartOnRecovery: a.Bool("restart_on_recovery", false),
 	}
 }
@@ -308,11 +341,12 @@ const amdKDS = "https://kdsintf.amd.com"
 func workload(c *Config, m *yamlcheck.Map) {
 	defer m.Finish()
 	w := guestconfig.Workload{
-		Restart:   m.OneOf("restart", guestconfig.RestartNever, guestconfig.RestartNever, guestconfig.RestartOnFailure, guestconfig.RestartAlways),
-		Args:      m.Strings("args"),
-		MemoryMiB: m.Int("memory_mib", 0, 0, 16<<20),
-		PidsMax:   m.Int("pids_max", 4096, 16, 1<<22),
-		TmpMiB:    m.Int("tmp_mib", 256, 1, 1<<20),
+		Restart:    m.OneOf("restart", guestconfig.RestartNever, guestconfig.RestartNever, guestconfig.RestartOnFailure, guestconfig.RestartAlways),
+		Args:       m.Strings("args"),
+		MemoryMiB:  m.Int("memory_mib", 0, 0, 16<<20),
+		CPUPercent: m.Int("cpu_percent", 0, 0, guestconfig.MaxCPUPercent),
+		PidsMax:    m.Int("pids_max", 4096, 16, 1<<22),
+		TmpMiB:     m.Int("tmp_mib", 256, 1, 1<<20),
 	}
 	env := m.Map("env")
 	for _, k := range env.Keys() {
@@ -326,7 +360,7 @@ func workload(c *Config, m *yamlcheck.Map) {
 	c.Profile = m.OneOf("profile", "", ProfileNames()...)
 	c.API.Resources = m.Strings("kbs_resources")
 	for _, r := range c.API.Resources {
-		if !guestconfig.ValidResourcePath(r) || strings.HasPrefix(r, "keys/root/") || strings.HasPrefix(r, "keys/canary/") {
+		if !guestconfig.ValidResourcePath(r) || strings.HasPrefix(r, "keys/root/") || strings.HasPrefix(r, "keys/canary/") || strings.HasPrefix(r, "keys/vault/") {
 			m.Faultf("kbs_resources", "%q is not repository/type/tag, or is what a CVM's disk is opened by", r)
 		}
 	}

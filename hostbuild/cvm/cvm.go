@@ -19,7 +19,9 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"os"
+	"path"
 	"path/filepath"
 	"slices"
 	"strconv"
@@ -74,6 +76,9 @@ func Build(ctx context.Context, p Params) (*Result, error) {
 	if err != nil {
 		return nil, err
 	}
+	if err := checkGPUBase(p.Config, guestBase); err != nil {
+		return nil, err
+	}
 	in, err := checkInputs(p.Config, s)
 	if err != nil {
 		return nil, err
@@ -87,6 +92,9 @@ func Build(ctx context.Context, p Params) (*Result, error) {
 	}
 	reg.Warn = p.Warn
 	if err := reg.Check(ctx); err != nil { // before the work, not after it
+		return nil, err
+	}
+	if err := checkGPUKBS(ctx, p.Config, reg); err != nil {
 		return nil, err
 	}
 	id, err := newID(p.rand)
@@ -126,7 +134,16 @@ func Build(ctx context.Context, p Params) (*Result, error) {
 	if err := w.registering(); err != nil {
 		return nil, err
 	}
-	if err := reg.AddCVM(ctx, rule, key); err != nil {
+	keys := [][]byte{key}
+	if m.KBS.VaultKeyPath != "" {
+		vault, err := newPassphrase(p.rand)
+		if err != nil {
+			return nil, err
+		}
+		defer clear(vault)
+		keys = append(keys, vault)
+	}
+	if err := reg.AddCVM(ctx, rule, keys...); err != nil {
 		return nil, err
 	}
 	final := filepath.Join(s.OutputDir, id+".tgz")
@@ -217,7 +234,7 @@ func pack(ctx context.Context, p Params, b *base.Base, ca string, w *work, key [
 		return nil, nil, err
 	}
 	member := a.NewMember(bundle.CryptRoot, 0o644)
-	root, err := buildDisks(ctx, p, b, w, key, member, store)
+	root, err := buildDisks(ctx, p, b, w, key, member, store, in)
 	if err != nil {
 		return nil, nil, err
 	}
@@ -229,7 +246,7 @@ func pack(ctx context.Context, p Params, b *base.Base, ca string, w *work, key [
 	if err != nil {
 		return nil, nil, err
 	}
-	gc := guestConfig(p, w.id, ca, b, root, in.pinned)
+	gc := guestConfig(p, w.id, ca, b, root, in)
 	m, err = assemble(a, cryptRoot, w.dir, gc, b, root, p)
 	if err != nil {
 		return nil, nil, err
@@ -254,18 +271,18 @@ func drives(p Params, id, dir string) []disk.DriveParams {
 	return ds
 }
 
-func rootParams(p Params, b *base.Base, temp string) disk.RootParams {
+func rootParams(p Params, b *base.Base, temp string, in inputs) disk.RootParams {
 	c := p.Config
 	return disk.RootParams{
-		Temp: temp, Size: c.RootDriveSize, Archive: c.DockerArchive, ImageRef: c.DockerImage, Files: rootFiles(b),
-		Time: p.Now, Rand: p.rand, Progress: p.Progress,
+		Temp: temp, Size: c.RootDriveSize, Archive: c.DockerArchive, ImageRef: c.DockerImage, Files: rootFiles(b, in),
+		FileKeys: c.GPU != nil && c.GPU.Required, Time: p.Now, Rand: p.rand, Progress: p.Progress,
 	}
 }
 
-func buildDisks(ctx context.Context, p Params, b *base.Base, w *work, key []byte, out disk.Target, store *cache.Cache) (root *disk.Root, err error) {
+func buildDisks(ctx context.Context, p Params, b *base.Base, w *work, key []byte, out disk.Target, store *cache.Cache, in inputs) (root *disk.Root, err error) {
 	g, ctx := errgroup.WithContext(ctx)
 	g.Go(func() (err error) {
-		rp := rootParams(p, b, w.dir)
+		rp := rootParams(p, b, w.dir, in)
 		rp.Out, rp.Passphrase, rp.Cache = out, key, store
 		root, err = disk.BuildRoot(ctx, rp)
 		return err
@@ -282,7 +299,7 @@ func buildDisks(ctx context.Context, p Params, b *base.Base, w *work, key []byte
 }
 
 // rootFiles is the verity root without the image.
-func rootFiles(b *base.Base) []disk.File {
+func rootFiles(b *base.Base, in inputs) []disk.File {
 	const dir, regular, link = unix.S_IFDIR, unix.S_IFREG, unix.S_IFLNK
 	var fs []disk.File
 	for _, d := range []string{"/bin", "/dev", "/proc", "/sys", "/run", "/tmp", "/var", "/etc", "/etc/ssl", "/etc/ssl/certs",
@@ -297,14 +314,45 @@ func rootFiles(b *base.Base) []disk.File {
 		disk.File{Path: "/etc/resolv.conf", Mode: link | 0o777, Link: guestconfig.ResolvConfPath},
 		disk.File{Path: "/etc/hosts", Mode: link | 0o777, Link: guestconfig.HostsPath},
 	)
-	return fs
+	dirs := map[string]bool{}
+	for _, name := range slices.Sorted(maps.Keys(b.Root)) {
+		for _, d := range parents(name) {
+			if !dirs[d] && !slices.ContainsFunc(fs, func(f disk.File) bool { return f.Path == d }) {
+				fs, dirs[d] = append(fs, disk.File{Path: d, Mode: dir | 0o755}), true
+			}
+		}
+		fs = append(fs, disk.File{Path: name, Mode: regular | 0o755, Source: b.Root[name]})
+	}
+	if b.NVIDIA != "" { // mounted at /usr
+		fs = append(fs,
+			disk.File{Path: "/usr", Mode: dir | 0o755},
+			disk.File{Path: guestconfig.NVIDIAPath, Mode: regular | 0o644, Source: b.NVIDIA},
+			disk.File{Path: "/lib", Mode: link | 0o777, Link: "usr/lib"},
+			disk.File{Path: "/lib64", Mode: link | 0o777, Link: "usr/lib64"},
+		)
+	}
+	return append(fs, in.gpu.files...)
 }
 
-func keyPath(id string) string    { return "keys/root/" + id }
-func canaryPath(id string) string { return "keys/canary/" + id }
+// parents are the folders above an absolute path, without the root, outermost first.
+func parents(name string) (dirs []string) {
+	for d := path.Dir(name); d != "/"; d = path.Dir(d) {
+		dirs = append(dirs, d)
+	}
+	slices.Reverse(dirs)
+	return dirs
+}
 
-func guestConfig(p Params, id, ca string, b *base.Base, root *disk.Root, pinned guestconfig.UserConfig) *guestconfig.Config {
+func keyPath(id string) string      { return "keys/root/" + id }
+func canaryPath(id string) string   { return "keys/canary/" + id }
+func vaultKeyPath(id string) string { return "keys/vault/" + id }
+
+func guestConfig(p Params, id, ca string, b *base.Base, root *disk.Root, in inputs) *guestconfig.Config {
 	c := p.Config
+	api := c.API
+	if c.GPU != nil {
+		api.Resources = append(slices.Clone(api.Resources), c.GPU.Resources...)
+	}
 	w := c.Workload
 	w.ImageName, w.ImageDigest = root.Image.Name, root.Image.Digest
 	w.Profile = c.WorkloadProfile()
@@ -315,7 +363,8 @@ func guestConfig(p Params, id, ca string, b *base.Base, root *disk.Root, pinned 
 			Serial: "crypt_root", HeaderSHA256: root.HeaderSHA256, DataOffset: root.DataOffset, PayloadSize: root.PayloadSize,
 			Verity: root.Verity, Scratch: root.Scratch,
 		},
-		Network: c.Network, Attestation: c.Attestation, Workload: w, UserConfig: pinned, Peers: c.Peers, API: c.API,
+		Network: c.Network, Attestation: c.Attestation, Workload: w, UserConfig: in.pinned, Peers: c.Peers, API: api,
+		GPU: gpuGuard(c, id, in.gpu.pins, b), VCEKs: in.vceks, ACPITables: c.ACPITables,
 	}
 }
 
@@ -323,13 +372,16 @@ func guestConfig(p Params, id, ca string, b *base.Base, root *disk.Root, pinned 
 func assemble(a *bundle.Archive, cryptRoot bundle.File, dir string, gc *guestconfig.Config, b *base.Base, root *disk.Root, p Params) (*bundle.Manifest, error) {
 	m := &bundle.Manifest{
 		Version: 1, CVMID: gc.CVMID, Platform: gc.Platform, TEE: gc.TEE, Created: p.Now,
-		Cmdline: bundle.Cmdline(gc.Platform, gc.CVMID), GuestFeatures: fmt.Sprintf("%#x", GuestFeatures),
+		Cmdline: bundle.Cmdline(gc.Platform, gc.CVMID, gc.GPU != nil), GuestFeatures: fmt.Sprintf("%#x", GuestFeatures),
 		Base:  bundle.Base{ID: b.ID, KernelVersion: b.KernelVersion},
 		Image: bundle.Image{Name: root.Image.Name, Digest: root.Image.Digest, ConfigDigest: root.Image.ConfigDigest, DiffIDs: root.Image.DiffIDs},
-		Disk:  gc.Disk, KBS: bundle.KBS{URL: gc.KBS.URL, KeyPath: gc.KBS.KeyPath, CanaryPath: gc.KBS.CanaryPath},
-		Network: gc.Network, Attestation: gc.Attestation, MinTCB: bundle.TCB(p.Config.MinTCB),
+		Disk:  gc.Disk, KBS: kbsOf(gc),
+		KDS: gc.API.KDS, Network: gc.Network, Attestation: gc.Attestation, MinTCB: bundle.TCB(p.Config.MinTCB),
 		UserConfig: bundle.UserConfigPin{Integrity: gc.UserConfig.Integrity, Digest: gc.UserConfig.Files.Digest()},
 		Files:      []bundle.File{cryptRoot},
+	}
+	if p.Config.GPU != nil {
+		m.KBS.GPUResources = p.Config.GPU.Resources
 	}
 	for _, pk := range b.Packages {
 		m.Base.Packages = append(m.Base.Packages, bundle.Package{Name: pk.Name, Version: pk.Version, SHA256: pk.SHA256})
@@ -383,6 +435,15 @@ func assemble(a *bundle.Archive, cryptRoot bundle.File, dir string, gc *guestcon
 	}
 	_, err = a.Add(bundle.ManifestName, 0o644, bytes.NewReader(doc), int64(len(doc)))
 	return m, err
+}
+
+// kbsOf is what the guest config says of the KBS.
+func kbsOf(gc *guestconfig.Config) bundle.KBS {
+	k := bundle.KBS{URL: gc.KBS.URL, KeyPath: gc.KBS.KeyPath, CanaryPath: gc.KBS.CanaryPath}
+	if gc.GPU != nil {
+		k.VaultKeyPath = gc.GPU.VaultKeyPath
+	}
+	return k
 }
 
 // makeInitrd appends the guest config to the base's initrd.

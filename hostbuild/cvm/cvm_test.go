@@ -6,7 +6,6 @@ import (
 	"compress/gzip"
 	"context"
 	"crypto/sha256"
-	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
 	"fmt"
@@ -28,6 +27,7 @@ import (
 	"coffer/hostbuild/register"
 	"coffer/hostbuild/settings"
 	"coffer/internal/testenv"
+	"coffer/test/fakebase"
 )
 
 var testTime = time.Unix(1700000000, 0)
@@ -68,8 +68,7 @@ func newRig(t *testing.T) *rig {
 	go func() { defer close(done); server.Serve(ctx, l) }()
 	t.Cleanup(func() { cancel(); <-done })
 
-	r.write(t, "base/vmlinuz", []byte("kernel"))
-	writeBase(t, filepath.Join(dir, "base"))
+	fakebase.Write(t, filepath.Join(dir, "base"))
 	r.write(t, "kit/startup/run.sh", []byte("#!/bin/sh\n"))
 	r.write(t, "image.tar.gz", image(t, "hello\n"))
 	r.write(t, "CONFIG.yaml", fmt.Appendf(nil, "docker_archive: %s\nroot_drive_size: 1\nuser_config:\n  kit: %s\nallowed_ports: [8002]\nvcpus: [1, 2]\n",
@@ -89,60 +88,6 @@ func (r *rig) write(t *testing.T, name string, data []byte) {
 		t.Fatal(err)
 	}
 	if err := os.WriteFile(path, data, 0o644); err != nil {
-		t.Fatal(err)
-	}
-}
-
-// writeBase makes a base of small files that has all that base.Open asks for.
-func writeBase(t *testing.T, dir string) {
-	t.Helper()
-	vectors, err := os.ReadFile("../../internal/measure/testdata/vectors.json")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var v struct {
-		Inputs struct {
-			Synthetic struct {
-				OVMF string `json:"ovmf_base64_gz"`
-			}
-		}
-	}
-	if err := json.Unmarshal(vectors, &v); err != nil {
-		t.Fatal(err)
-	}
-	zipped, err := base64.StdEncoding.DecodeString(v.Inputs.Synthetic.OVMF)
-	if err != nil {
-		t.Fatal(err)
-	}
-	z, err := gzip.NewReader(bytes.NewReader(zipped))
-	if err != nil {
-		t.Fatal(err)
-	}
-	ovmf, err := io.ReadAll(z)
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.MkdirAll(filepath.Join(dir, "bin"), 0o755); err != nil {
-		t.Fatal(err)
-	}
-	var list []map[string]any
-	for _, f := range []struct {
-		name string
-		data []byte
-	}{
-		{"vmlinuz", []byte("kernel")}, {"initrd-base.img", []byte("an initrd")}, {"OVMF.amdsev.fd", ovmf}, {"ca-certificates.crt", []byte("CAs\n")},
-		{"programs.erofs", bytes.Repeat([]byte("programs"), 10000)}, {"bin/agent", bytes.Repeat([]byte("agent"), 10000)}, {"bin/containerd", []byte("c")}, {"bin/containerd-shim-runc-v2", []byte("s")}, {"bin/runc", []byte("r")}, {"bin/snpguest", []byte("g")},
-	} {
-		if err := os.WriteFile(filepath.Join(dir, f.name), f.data, 0o644); err != nil {
-			t.Fatal(err)
-		}
-		list = append(list, map[string]any{"path": f.name, "size": len(f.data), "sha256": sum(f.data)})
-	}
-	doc, err := json.Marshal(map[string]any{"version": 1, "platform": "snp", "kernel_version": "6.12.1", "files": list})
-	if err != nil {
-		t.Fatal(err)
-	}
-	if err := os.WriteFile(filepath.Join(dir, "base.json"), doc, 0o644); err != nil {
 		t.Fatal(err)
 	}
 }

@@ -1,6 +1,8 @@
 package cvm
 
 import (
+	"crypto/x509"
+	"encoding/pem"
 	"errors"
 	"fmt"
 	"io/fs"
@@ -21,6 +23,8 @@ const kitName = "nvflare"
 type inputs struct {
 	pinned guestconfig.UserConfig
 	kit    *nvflare.Kit // nil without one
+	gpu    gpuInputs
+	vceks  [][]byte // DER
 }
 
 // checkInputs finds what is wrong with the files that config and settings name,
@@ -48,11 +52,61 @@ func checkInputs(c *config.Config, s *settings.Settings) (in inputs, err error) 
 			}
 		}
 	}
+	if in.gpu, err = checkGPU(c); err != nil {
+		errs = append(errs, err)
+	}
+	if in.vceks, err = readVCEKs(c.VCEKs); err != nil {
+		errs = append(errs, fmt.Errorf("vceks: %w", err))
+	}
 	if err := errors.Join(errs...); err != nil {
 		return in, err
 	}
 	in.pinned, err = pin(c)
 	return in, err
+}
+
+// readVCEKs reads the certificates of a folder, .der or .pem, in the order of names.
+func readVCEKs(dir string) (list [][]byte, err error) {
+	if dir == "" {
+		return nil, nil
+	}
+	entries, err := os.ReadDir(dir)
+	if err != nil {
+		return nil, err
+	}
+	for _, e := range entries {
+		ext := filepath.Ext(e.Name())
+		if ext != ".der" && ext != ".pem" {
+			continue
+		}
+		file := filepath.Join(dir, e.Name())
+		der, err := os.ReadFile(file)
+		if err != nil {
+			return nil, err
+		}
+		if ext == ".pem" {
+			block, _ := pem.Decode(der)
+			if block == nil {
+				return nil, fmt.Errorf("%s is not PEM", file)
+			}
+			der = block.Bytes
+		}
+		cert, err := x509.ParseCertificate(der)
+		if err != nil {
+			return nil, fmt.Errorf("%s: %w", file, err)
+		}
+		if cn := cert.Subject.CommonName; cn != "SEV-VCEK" && cn != "SEV-VLEK" {
+			return nil, fmt.Errorf("%s is the certificate of %q, not of a chip (SEV-VCEK)", file, cn)
+		}
+		list = append(list, der)
+	}
+	switch n := len(list); {
+	case n == 0:
+		return nil, fmt.Errorf("%s holds no .der or .pem file", dir)
+	case n > guestconfig.MaxVCEKs:
+		return nil, fmt.Errorf("%s holds %d certificates, more than %d", dir, n, guestconfig.MaxVCEKs)
+	}
+	return list, nil
 }
 
 // checkImage fails where the kit needs Python modules that the image lacks.

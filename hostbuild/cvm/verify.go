@@ -99,16 +99,18 @@ func checkGuestConfig(dir string, m *bundle.Manifest) error {
 		return err
 	}
 	var errs []error
+	kbs := kbsOf(gc)
+	kbs.GPUResources = m.KBS.GPUResources // the guest does not tell them from others
 	for _, c := range []struct {
 		name      string
 		got, want any
 	}{
 		{"cvm_id", gc.CVMID, m.CVMID}, {"platform", gc.Platform, m.Platform}, {"tee", gc.TEE, m.TEE},
 		{"created", gc.BuildTime, m.Created.Unix()}, {"disk", gc.Disk, m.Disk}, {"network", gc.Network, m.Network},
-		{"attestation", gc.Attestation, m.Attestation},
-		{"kbs", bundle.KBS{URL: gc.KBS.URL, KeyPath: gc.KBS.KeyPath, CanaryPath: gc.KBS.CanaryPath}, m.KBS},
+		{"attestation", gc.Attestation, m.Attestation}, {"kds_url", gc.API.KDS, m.KDS},
+		{"kbs", kbs, m.KBS},
 		{"image", bundle.Image{Name: gc.Workload.ImageName, Digest: gc.Workload.ImageDigest}, bundle.Image{Name: m.Image.Name, Digest: m.Image.Digest}},
-		{"cmdline", bundle.Cmdline(gc.Platform, gc.CVMID), m.Cmdline},
+		{"cmdline", bundle.Cmdline(gc.Platform, gc.CVMID, gc.GPU != nil), m.Cmdline},
 	} {
 		if !reflect.DeepEqual(plain(c.got), plain(c.want)) {
 			errs = append(errs, fmt.Errorf("%s: %+v, the manifest says %+v", c.name, c.got, c.want))
@@ -203,7 +205,7 @@ func rebuild(ctx context.Context, v VerifyParams, dir string, m *bundle.Manifest
 		return nil, err
 	}
 	defer clear(key)
-	root, err := buildDisks(ctx, p, b, w, key, nowhere{}, nil)
+	root, err := buildDisks(ctx, p, b, w, key, nowhere{}, nil, in)
 	if err != nil {
 		return nil, err
 	}
@@ -221,7 +223,7 @@ func rebuild(ctx context.Context, v VerifyParams, dir string, m *bundle.Manifest
 	if err != nil {
 		return nil, err
 	}
-	return assemble(a, cryptRoot, dir, guestConfig(p, m.CVMID, string(ca), b, root, in.pinned), b, root, p)
+	return assemble(a, cryptRoot, dir, guestConfig(p, m.CVMID, string(ca), b, root, in), b, root, p)
 }
 
 // differences lists the places where two manifests differ.

@@ -36,6 +36,7 @@ type RootParams struct {
 	Archive    string // the image, as package archive reads it
 	ImageRef   string // chooses among several images; empty: the only one
 	Files      []File // of the read-only root, beside the image
+	FileKeys   bool   // folders of the writable part can have keys of their own
 	Time       time.Time
 	Rand       io.Reader    // nil: crypto/rand. The same bytes give the same drive.
 	Cache      *cache.Cache // of converted layers; may be nil
@@ -390,7 +391,7 @@ func scratch(ctx context.Context, p RootParams, s *sealer, off int64, id string)
 	if err := f.Truncate(s.size - off); err != nil {
 		return err
 	}
-	if err := ext4.Make(ctx, f.Name(), ext4.Options{Label: "scratch", UUID: id, Time: p.Time, BytesPerInode: 65536}); err != nil {
+	if err := ext4.Make(ctx, f.Name(), ext4.Options{Label: "scratch", UUID: id, Time: p.Time, BytesPerInode: 65536, FileKeys: p.FileKeys}); err != nil {
 		return err
 	}
 	live, err := ext4.Live(f)

@@ -1,114 +1,170 @@
 package kbs
 
 import (
-	"crypto/ed25519"
-	"crypto/x509"
-	"encoding/pem"
+	"encoding/json"
 	"errors"
-	"fmt"
-	"os"
+	"net/http"
 	"strings"
-	"time"
+	"unicode/utf8"
 
-	"github.com/go-jose/go-jose/v4"
-	"github.com/go-jose/go-jose/v4/jwt"
+	"coffer/hostbuild/policy"
 )
 
-const (
-	adminLeeway   = time.Minute
-	maxAdminToken = 16 << 10
-	adminRole     = "admin"
-)
-
-// errNoBearer says that a request carries no `Authorization: Bearer`, a word
-// that Trustee takes in this case only.
-var errNoBearer = errors.New("Failed to parse HTTP Auth Bearer header")
-
-// adminVerifier holds the public key of the administrators.
-type adminVerifier struct {
-	key              ed25519.PublicKey
-	issuer, audience string // wanted in dialect H, unless empty
-}
-
-func loadAdmin(file string) (adminVerifier, error) {
-	b, err := os.ReadFile(file)
-	if err != nil {
-		return adminVerifier{}, err
+// authorize checks the admin token of a call on an endpoint.
+func (s *Server) authorize(c *call, action, endpoint string) (reply, bool) {
+	c.action = "admin-" + action
+	err := s.admin.check(c.Header.Get("Authorization"), s.dialect, s.now())
+	if err == nil {
+		c.verdict = done
+		return reply{}, true
 	}
-	block, _ := pem.Decode(b)
-	if block == nil {
-		return adminVerifier{}, fmt.Errorf("%s: no PEM", adminPubFile)
-	}
-	key, err := x509.ParsePKIXPublicKey(block.Bytes)
-	if err != nil {
-		return adminVerifier{}, fmt.Errorf("%s: %w", adminPubFile, err)
-	}
-	pub, ok := key.(ed25519.PublicKey)
-	if !ok {
-		return adminVerifier{}, fmt.Errorf("%s: not an Ed25519 key", adminPubFile)
-	}
-	return adminVerifier{key: pub}, nil
-}
-
-// bearer returns the token of an Authorization header.
-func bearer(header string) (string, error) {
-	tok, ok := strings.CutPrefix(header, "Bearer ")
-	if !ok || tok == "" {
-		return "", errNoBearer
-	}
-	return tok, nil
-}
-
-// check verifies the token of an Authorization header: EdDSA with the admin
-// key, exp required, exp, nbf and iat with a minute's leeway; dialect H also
-// wants the role `admin`, and issuer and audience where they are configured. Trustee's older server lives with tokens that never
-// expire; this one does not.
-func (v adminVerifier) check(header string, d Dialect, now time.Time) error {
-	tok, err := bearer(header)
-	if err != nil {
-		return err
-	}
-	if len(tok) > maxAdminToken {
-		return errors.New("the token is too long")
-	}
-	parsed, err := jwt.ParseSigned(tok, []jose.SignatureAlgorithm{jose.EdDSA})
-	if err != nil {
-		return err
-	}
-	var claims struct {
-		Exp  *jwt.NumericDate `json:"exp"`
-		Nbf  *jwt.NumericDate `json:"nbf"`
-		Iat  *jwt.NumericDate `json:"iat"`
-		Role *string          `json:"role"`
-		Iss  string           `json:"iss"`
-		Aud  jwt.Audience     `json:"aud"`
-	}
-	if err := parsed.Claims(v.key, &claims); err != nil {
-		return err
-	}
+	c.refuse(refused, err)
+	why := err.Error()
 	switch {
-	case claims.Exp == nil:
-		return errors.New("the token has no exp")
-	case now.Add(-adminLeeway).After(claims.Exp.Time()):
-		return errors.New("the token has expired")
-	case claims.Nbf != nil && now.Add(adminLeeway).Before(claims.Nbf.Time()):
-		return errors.New("the token is not valid yet (nbf)")
-	case claims.Iat != nil && now.Add(adminLeeway).Before(claims.Iat.Time()):
-		return errors.New("the token is from the future (iat)")
+	case s.dialect == DialectT && errors.Is(err, errNoBearer):
+		return fail("AdminAuth", "Admin auth error: "+why), false
+	case s.dialect == DialectT:
+		return fail("AdminAuth", "Admin auth error: Admin Token verification failed"), false
+	case !errors.Is(err, errNoBearer):
+		why = "Admin access denied: " + why
 	}
-	if d == DialectH {
-		if claims.Role == nil {
-			return errors.New("missing the claim `role`")
+	if endpoint == "resource" {
+		return fail("AdminAuthInitialization", "failed to initialize [admin] configuration: "+why), false
+	}
+	return fail("AdminAuthAccess", "admin access denied for endpoint "+endpoint+": "+why), false
+}
+
+// setResource stores or deletes a resource.
+func (s *Server) setResource(c *call) reply {
+	c.path = strings.TrimPrefix(c.rest, "/")
+	action := "set-resource"
+	if c.Method == http.MethodDelete {
+		action = "delete-resource"
+	}
+	if out, ok := s.authorize(c, action, "resource"); !ok {
+		return out
+	}
+	var err error
+	if c.Method == http.MethodDelete {
+		err = s.store.deleteResource(c.path)
+	} else {
+		err = s.store.setResource(c.path, c.body)
+	}
+	if err != nil {
+		c.refuse(refused, err)
+		return fail("PluginInternalError", "Plugin internal error")
+	}
+	s.metrics.add("resource_writes_total")
+	return reply{status: http.StatusOK, contentType: xmlType}
+}
+
+func (s *Server) setPolicy(c *call) reply {
+	if out, ok := s.authorize(c, "set-resource-policy", "resource-policy"); !ok {
+		return out
+	}
+	text, err := uploaded(c.body)
+	if err == nil {
+		_, err = s.engine.parse(text)
+	}
+	if err != nil {
+		c.refuse(refused, err)
+		if f := policy.FailOpen(text); len(f) > 0 && s.dialect == DialectT {
+			// Old Trustee takes this text, so say aloud why we do not.
+			return fail("PolicyEngine", "Policy engine error: "+f[0].String())
 		}
-		if *claims.Role != adminRole {
-			return fmt.Errorf("role %.40q is not allowed", *claims.Role)
+		if s.dialect == DialectH {
+			err = errors.New("Failed to load policy: " + err.Error())
 		}
-		if v.issuer != "" && claims.Iss != v.issuer {
-			return fmt.Errorf("issuer %.40q is not %q", claims.Iss, v.issuer)
-		}
-		if v.audience != "" && !claims.Aud.Contains(v.audience) {
-			return fmt.Errorf("the audience is not %q", v.audience)
+		return s.policyError(err)
+	}
+	if err := s.store.setPolicy(text); err != nil {
+		c.refuse(refused, err)
+		return s.policyError(err)
+	}
+	if f := policy.FailOpen(text); len(f) > 0 {
+		c.reason = "warning: " + f[0].String()
+	}
+	return reply{status: http.StatusOK}
+}
+
+// uploaded returns the text of {"policy":"<base64url without padding>"}.
+func uploaded(body []byte) ([]byte, error) {
+	m, err := members(body)
+	if err != nil {
+		return nil, err
+	}
+	var encoded string
+	if err := member(m, "policy", &encoded); err != nil {
+		return nil, err
+	}
+	text, err := b64.DecodeString(encoded)
+	if err != nil {
+		return nil, err
+	}
+	if !utf8.Valid(text) {
+		return nil, errors.New("the policy is not UTF-8")
+	}
+	return text, nil
+}
+
+func (s *Server) getPolicy(c *call) reply {
+	if out, ok := s.authorize(c, "get-resource-policy", "resource-policy"); !ok {
+		return out
+	}
+	if s.dialect == DialectH {
+		return reply{status: http.StatusOK, contentType: jsonType, body: []byte(`["resource-policy"]`)}
+	}
+	text, err := s.store.policy()
+	if err != nil {
+		c.refuse(refused, err)
+		return s.policyError(err)
+	}
+	return reply{status: http.StatusOK, contentType: xmlType, body: []byte(b64.EncodeToString(text))}
+}
+
+func (s *Server) setAttestationPolicy(c *call) reply {
+	if out, ok := s.authorize(c, "set-attestation-policy", "attestation-policy"); !ok {
+		return out
+	}
+	c.refuse(refused, errors.New("this server evaluates no attestation policy; what decides is the resource policy"))
+	return fail("AttestationError", "Attestation error: Set Attestation Policy failed")
+}
+
+func (s *Server) setReferences(c *call) reply {
+	if out, ok := s.authorize(c, "set-reference-value", "reference-value"); !ok {
+		return out
+	}
+	values, err := parseReferences(c.body)
+	if err == nil {
+		err = s.store.addReferences(values)
+	}
+	if err != nil {
+		c.refuse(refused, err)
+		return fail("RvpsError", "RVPS configuration failed: Failed to register reference value: register reference value")
+	}
+	return reply{status: http.StatusOK, contentType: jsonType}
+}
+
+// getReferences answers all values at T, and the one that the path names at H.
+func (s *Server) getReferences(c *call) reply {
+	if out, ok := s.authorize(c, "get-reference-value", "reference-value"); !ok {
+		return out
+	}
+	values, err := s.store.references()
+	var answer any = values
+	if s.dialect == DialectH && err == nil {
+		id := strings.TrimPrefix(c.rest, "/")
+		if answer = values[id]; answer == nil {
+			err = errors.New("no such reference value")
 		}
 	}
-	return nil
+	var body []byte
+	if err == nil {
+		body, err = json.Marshal(answer)
+	}
+	if err != nil {
+		c.refuse(refused, err)
+		return fail("RvpsError", "RVPS configuration failed: Failed to get reference_values: query reference values")
+	}
+	return reply{status: http.StatusOK, contentType: jsonType, body: body}
 }

@@ -1,10 +1,7 @@
 package kbs
 
 import (
-	"encoding/base64"
 	"encoding/json"
-	"errors"
-	"fmt"
 	"reflect"
 )
 
@@ -86,36 +83,4 @@ func matches(refs map[string]any, name string, claim any) bool {
 		}
 	}
 	return false
-}
-
-// parseReferences reads a message of reference values.
-func parseReferences(body []byte) (map[string]any, error) {
-	m, err := members(body)
-	if err != nil {
-		return nil, err
-	}
-	var version, kind, payload string
-	if err := errors.Join(member(m, "version", &version), member(m, "type", &kind), member(m, "payload", &payload)); err != nil {
-		return nil, err
-	}
-	if version != "0.1.0" || kind != "sample" {
-		return nil, fmt.Errorf("version %.20q and type %.20q: must be 0.1.0 and sample", version, kind)
-	}
-	b, err := base64.StdEncoding.Strict().DecodeString(payload)
-	if err != nil {
-		return nil, err
-	}
-	values, err := members(b)
-	if err != nil {
-		return nil, err
-	}
-	out := map[string]any{}
-	for name, raw := range values {
-		var v any
-		if err := json.Unmarshal(raw, &v); err != nil {
-			return nil, err
-		}
-		out[name] = v
-	}
-	return out, nil
 }

@@ -19,6 +19,8 @@
 //   - A policy that old Trustee would read as "allow all" is refused.
 //   - `sample` evidence and simulated chips need Options.AllowSimulated, and
 //     every token about them says `simulated`.
+//   - Reports signed by a VLEK, or that mask the chip's id, are refused: nothing
+//     then says which chip it was.
 //   - RSA1_5 is refused, and so is additional (device) evidence unless
 //     Options.Devices judges it; every device must pass.
 //   - Tokens about SNP reports name the chip's product, beside Trustee's claims.
@@ -202,7 +204,7 @@ func (s *Server) open(o Options) error {
 // progress finish for a few seconds, and returns nil after an orderly stop.
 func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
 	srv := &http.Server{
-		Handler:           s.Handler(),
+		Handler:           http.HandlerFunc(s.serve),
 		TLSConfig:         &tls.Config{Certificates: []tls.Certificate{s.tls}, MinVersion: tls.VersionTLS12},
 		ReadHeaderTimeout: headerTime,
 		ReadTimeout:       requestTime,
@@ -230,38 +232,4 @@ func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
 		return fmt.Errorf("kbs: stop: requests were cut off: %w", err)
 	}
 	return nil
-}
-
-// limited accepts no more connections at a time than it has slots.
-type limited struct {
-	net.Listener
-	slots chan struct{}
-}
-
-func (l *limited) Accept() (net.Conn, error) {
-	for {
-		c, err := l.Listener.Accept()
-		if err != nil {
-			return nil, err
-		}
-		select {
-		case l.slots <- struct{}{}:
-			return &limitedConn{Conn: c, slots: l.slots}, nil
-		default:
-			c.Close()
-		}
-	}
-}
-
-type limitedConn struct {
-	net.Conn
-	slots  chan struct{}
-	closed atomic.Bool
-}
-
-func (c *limitedConn) Close() error {
-	if c.closed.CompareAndSwap(false, true) {
-		<-c.slots
-	}
-	return c.Conn.Close()
 }

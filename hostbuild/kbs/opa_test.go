@@ -136,3 +136,23 @@ func TestPolicyOnDisk(t *testing.T) {
 		t.Errorf("without rules: %d %s, want PolicyDeny", a.status, a.body)
 	}
 }
+
+// TestPolicyWithoutBoolean: what is neither true nor false releases nothing.
+func TestPolicyWithoutBoolean(t *testing.T) {
+	dialects(t, func(t *testing.T, d Dialect) {
+		r := ready(t, d)
+		g := r.guest("sample")
+		g.attested()
+		for _, rule := range []string{"", "allow = 1", `allow = "true"`, "allow = {true}", "allow = [true]", "allow = null", "allow = false { false }"} {
+			if d == DialectH {
+				rule = strings.Replace(rule, "{ false }", "if { false }", 1)
+			}
+			r.setPolicy("package policy\n" + rule + "\n")
+			want := map[Dialect]string{DialectT: "PolicyEngine", DialectH: "PolicyDeny"}[d]
+			if a := g.get(keyPath); a.status != 401 || a.errType() != want {
+				t.Errorf("%q: %d %s, want %s", rule, a.status, a.body, want)
+			}
+			r.reason(errNoBoolean.Error())
+		}
+	})
+}

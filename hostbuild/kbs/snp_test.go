@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"coffer/hostbuild/policy"
 	"coffer/internal/snp"
@@ -83,6 +84,9 @@ func TestSNPFlow(t *testing.T) {
 		if l["msg"] != "released" || l["measurement"] != hex.EncodeToString(measurement[:]) || l["chip_id"] != hex.EncodeToString(chip.ChipID[:]) || l["simulated"] != true || l["path"] != keyPath {
 			t.Errorf("audit line %v", l)
 		}
+		if ms, _ := l["ms"].(float64); ms <= 0 || !strings.HasPrefix(fmt.Sprint(l["remote"]), "127.0.0.1:") {
+			t.Errorf("audit line %v tells neither who asked nor how long it took", l)
+		}
 		if a := g.get("keys/root/two"); a.errType() != "PolicyDeny" {
 			t.Errorf("another CVM's key: %d %s, want PolicyDeny", a.status, a.body)
 		}
@@ -141,7 +145,7 @@ func checkSNPClaims(t *testing.T, d Dialect, token string, chip *simsnp.Chip) {
 func TestSNPRefuses(t *testing.T) {
 	chip, stranger := newChip(t, simsnp.Params{}), newChip(t, simsnp.Params{})
 	vlek := newChip(t, simsnp.Params{VLEK: true})
-	r := newRig(t, Options{Dialect: DialectT, AllowSimulated: true, SimulatedRoots: chip.RootsPEM()})
+	r := newRig(t, Options{Dialect: DialectT, AllowSimulated: true, SimulatedRoots: append(chip.RootsPEM(), vlek.RootsPEM()...)})
 	r.setPolicy(allowAll)
 	tests := []struct {
 		name     string
@@ -150,7 +154,10 @@ func TestSNPRefuses(t *testing.T) {
 	}{
 		{"another chip's chain", func(g *guest) json.RawMessage { return g.evidence(stranger, stranger.Certs(), nil) }, "chain"},
 		{"another chip's report", func(g *guest) json.RawMessage { return g.evidence(stranger, chip.Certs(), nil) }, "signature"},
-		{"VLEK", func(g *guest) json.RawMessage { return g.evidence(vlek, vlek.Certs(), nil) }, ""},
+		{"VLEK", func(g *guest) json.RawMessage { return g.evidence(vlek, vlek.Certs(), nil) }, "VLEK"},
+		{"masked chip id", func(g *guest) json.RawMessage {
+			return g.evidence(chip, chip.Certs(), func(r *snp.Report) { r.ChipID = [64]byte{} })
+		}, "chip id"},
 		{"no certificates", func(g *guest) json.RawMessage { return g.evidence(chip, nil, nil) }, "no VCEK in the evidence"},
 		{"VMPL 1", func(g *guest) json.RawMessage {
 			return g.evidence(chip, chip.Certs(), func(r *snp.Report) { r.VMPL = 1 })
@@ -173,7 +180,7 @@ func TestSNPRefuses(t *testing.T) {
 		{"version 5 at T", func(g *guest) json.RawMessage {
 			return g.evidence(chip, chip.Certs(), func(r *snp.Report) { r.Version = 5 })
 		}, "version"},
-		{"sample evidence in an snp session", func(g *guest) json.RawMessage { return sampleEvidence(g.digest()) }, ""},
+		{"sample evidence in an snp session", func(g *guest) json.RawMessage { return sampleEvidence(g.digest()) }, "attestation_report"},
 		{"flipped bit", func(g *guest) json.RawMessage {
 			return bytes.Replace(g.evidence(chip, chip.Certs(), nil), []byte(`"measurement":[165`), []byte(`"measurement":[164`), 1)
 		}, "signature"},
@@ -183,7 +190,7 @@ func TestSNPRefuses(t *testing.T) {
 				g.t.Fatal(err)
 			}
 			return b
-		}, ""},
+		}, "8 bytes are no certificate"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
@@ -298,5 +305,61 @@ func TestAppraisal(t *testing.T) {
 	}
 	if got := appraiseSample("1", nil, DialectH); got != (appraisal{33, 97, 2}) {
 		t.Errorf("sample at H: %v", got)
+	}
+}
+
+// TestGenerations: each product and version, in both dialects.
+func TestGenerations(t *testing.T) {
+	for _, p := range []struct {
+		name, product string
+		family, model uint8
+	}{{"Milan", "Milan", 0x19, 0x01}, {"Genoa", "Genoa", 0x19, 0x11}, {"Bergamo and Siena", "Genoa", 0x19, 0xa0}, {"Turin", "Turin", 0x1a, 0x02}} {
+		t.Run(p.name, func(t *testing.T) {
+			chip := newChip(t, simsnp.Params{Product: p.product})
+			dialects(t, func(t *testing.T, d Dialect) {
+				r := newRig(t, Options{Dialect: d, AllowSimulated: true, SimulatedRoots: chip.RootsPEM(), MinTCB: map[string]snp.TCB{p.product: chip.TCB}})
+				for version := uint32(3); version <= 5; version++ {
+					g := r.guest("snp").auth()
+					raw := g.evidence(chip, chip.Certs(), func(r *snp.Report) { r.Version, r.CPUFamily, r.CPUModel = version, p.family, p.model })
+					a := g.attest(g.attestBody(raw, ""))
+					want := 200
+					if version == 5 && d == DialectT {
+						want = 401
+					}
+					if a.status != want {
+						t.Errorf("version %d: %d, want %d\n%v", version, a.status, want, r.log.last(t))
+					}
+					if a.status != 200 {
+						continue
+					}
+					claims, err := r.server.tokens.verify(tokenIn(t, a), time.Now())
+					if err != nil || evidenceOf(claims)["product"] != p.product {
+						t.Errorf("version %d: product %v (%v), want %s", version, evidenceOf(claims)["product"], err, p.product)
+					}
+				}
+			})
+		})
+	}
+}
+
+func TestMinTCB(t *testing.T) {
+	chip := newChip(t, simsnp.Params{})
+	for _, tt := range []struct {
+		name   string
+		min    map[string]snp.TCB
+		status int
+		reason string
+	}{
+		{"default", nil, 200, ""},
+		{"reached", map[string]snp.TCB{"Genoa": chip.TCB}, 200, ""},
+		{"above", map[string]snp.TCB{"Genoa": {Bootloader: 10, SNP: 24, Microcode: 84}}, 401, "TCB"},
+		{"other product only", map[string]snp.TCB{"Turin": {}}, 401, "no minimum"},
+	} {
+		r := newRig(t, Options{AllowSimulated: true, SimulatedRoots: chip.RootsPEM(), MinTCB: tt.min})
+		g := r.guest("snp").auth()
+		a := g.attest(g.attestBody(g.evidence(chip, chip.Certs(), nil), ""))
+		if l := r.log.last(t); a.status != tt.status || !strings.Contains(fmt.Sprint(l["reason"]), tt.reason) {
+			t.Errorf("%s: %d %v, want %d %q", tt.name, a.status, l["reason"], tt.status, tt.reason)
+		}
 	}
 }

@@ -50,14 +50,19 @@ type Rule struct {
 	Digests [][48]byte // launch digests, any of which is accepted; none with TEE "sample"
 	TEE     string     // TEESNP (also when empty) or TEESample
 
+	// GPUPaths are those of Paths that are for evidence with verified GPUs alone:
+	// every one of them must be affirmed. How many there have to be is up to the
+	// guest, which is measured.
+	GPUPaths []string
+
 	// MinTCB is what a report must reach, by product ("Genoa"); empty asks for
 	// nothing. Products that it lacks are refused. Trustee does not say of which
 	// product a chip is, so there a report must reach the minimum of any product
 	// named here; the embedded KBS says it.
 	MinTCB map[string]TCB
 
-	// Simulated also accepts SNP reports of a simulated chip, which the embedded
-	// KBS marks in its tokens. Without it such a report gets nothing, whatever
+	// Simulated also accepts SNP reports of a simulated chip, and simulated GPUs,
+	// which the embedded KBS marks in its tokens. Without it such a report gets nothing, whatever
 	// measurement it claims. A rule with TEE "sample" needs no such mark.
 	Simulated bool
 }
@@ -124,6 +129,7 @@ func (r Rule) normal() Rule {
 		r.TEE = TEESNP
 	}
 	r.Paths = slices.Sorted(slices.Values(r.Paths))
+	r.GPUPaths = slices.Sorted(slices.Values(r.GPUPaths))
 	r.Digests = slices.SortedFunc(slices.Values(r.Digests), func(a, b [48]byte) int { return bytes.Compare(a[:], b[:]) })
 	r.Digests = slices.Compact(r.Digests)
 	return r
@@ -155,6 +161,11 @@ func (r Rule) validate() error {
 		}
 		if slices.Contains(r.Paths[:i], p) {
 			return fmt.Errorf("path %s is named twice", p)
+		}
+	}
+	for i, p := range r.GPUPaths {
+		if !slices.Contains(r.Paths, p) || slices.Contains(r.GPUPaths[:i], p) {
+			return fmt.Errorf("path %s, which needs GPUs, is none of the rule's or named twice", p)
 		}
 	}
 	for _, d := range r.Digests {
@@ -198,9 +209,32 @@ coffer_asked := array.concat(
 
 coffer_evidence := input.submods.cpu0["ear.veraison.annotated-evidence"]
 
+# One entry for each device, [affirmed, simulated], and what they are together:
+# "none" is always true, "gpus" and "simulated gpus" only if all are affirmed.
+coffer_devices := [device |
+	submod := input.submods[name]
+	name != "cpu0"
+	device := [
+		[true | startswith(name, "gpu"); submod["ear.status"] == "affirming"],
+		[true | submod["ear.veraison.annotated-evidence"].simulated == true],
+	]
+]
+
+coffer_gpus := array.concat(
+	["none"],
+	[state |
+		count(coffer_devices) > 0
+		count([device | device := coffer_devices[_]; device[0] == []]) == 0
+		simulated := count([device | device := coffer_devices[_]; device[1] != []])
+		state := ["gpus", "simulated gpus"][min([simulated, 1])]
+	],
+)
+
 coffer_grants := array.concat(
 	[true |
-		rule := coffer_cvms[coffer_paths[coffer_asked[_]]]
+		path := coffer_asked[_]
+		rule := coffer_cvms[coffer_paths[path]]
+		object.get(rule.gpus, path, ["none"])[_] == coffer_gpus[_]
 		rule.tee == "snp"
 		claims := coffer_evidence.snp
 		rule.digests[_] == claims.measurement
@@ -215,7 +249,9 @@ coffer_grants := array.concat(
 		claims.reported_tcb_microcode >= least.microcode
 	],
 	[true |
-		rule := coffer_cvms[coffer_paths[coffer_asked[_]]]
+		path := coffer_asked[_]
+		rule := coffer_cvms[coffer_paths[path]]
+		object.get(rule.gpus, path, ["none"])[_] == coffer_gpus[_]
 		rule.tee == "sample"
 		coffer_evidence.sample.svn == "1"
 	],
@@ -227,11 +263,12 @@ allow := coffer_grants[0]
 // ruleText is a rule as it stands in the block. Objects and lists of JSON are
 // objects and arrays of Rego.
 type ruleText struct {
-	Paths     []string       `json:"paths"`
-	TEE       string         `json:"tee"`
-	Simulated []bool         `json:"simulated"` // accepted values of the evidence's mark
-	TCB       map[string]TCB `json:"tcb"`       // by product, or anyProduct alone
-	Digests   []string       `json:"digests"`   // each in base64 (old Trustee) and in hexadecimal (new)
+	Paths     []string            `json:"paths"`
+	TEE       string              `json:"tee"`
+	Simulated []bool              `json:"simulated"` // accepted values of the evidence's mark
+	TCB       map[string]TCB      `json:"tcb"`       // by product, or anyProduct alone
+	GPUs      map[string][]string `json:"gpus"`      // by path: what its devices may be
+	Digests   []string            `json:"digests"`   // each in base64 (old Trustee) and in hexadecimal (new)
 }
 
 // Render returns a whole policy: denied is what no rule allows.
@@ -244,12 +281,15 @@ func renderBlock(rules []Rule) []byte {
 	cvms := map[string]ruleText{}
 	for _, r := range rules {
 		r = r.normal()
-		t := ruleText{Paths: r.Paths, TEE: r.TEE, TCB: r.MinTCB, Simulated: []bool{false}, Digests: []string{}}
+		t := ruleText{Paths: r.Paths, TEE: r.TEE, TCB: r.MinTCB, Simulated: []bool{false}, GPUs: map[string][]string{}, Digests: []string{}}
 		if len(t.TCB) == 0 {
 			t.TCB = map[string]TCB{anyProduct: {}}
 		}
 		if r.Simulated {
 			t.Simulated = append(t.Simulated, true)
+		}
+		for _, p := range r.GPUPaths {
+			t.GPUs["resource/"+p] = []string{"gpus", "simulated gpus"}[:len(t.Simulated)]
 		}
 		for _, d := range r.Digests {
 			t.Digests = append(t.Digests, base64.StdEncoding.EncodeToString(d[:]), hex.EncodeToString(d[:]))
@@ -299,6 +339,9 @@ func parseBlock(block []byte) (Rules, error) {
 	var rules Rules
 	for id, t := range cvms {
 		r := Rule{CVMID: id, Paths: t.Paths, TEE: t.TEE, MinTCB: t.TCB, Simulated: len(t.Simulated) == 2}
+		for p := range t.GPUs {
+			r.GPUPaths = append(r.GPUPaths, strings.TrimPrefix(p, "resource/"))
+		}
 		if _, ok := t.TCB[anyProduct]; ok {
 			r.MinTCB = nil
 		}

@@ -8,6 +8,7 @@ import (
 	"errors"
 	"fmt"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
 	"reflect"
@@ -56,7 +57,14 @@ func documents(old bool, path string, evidence map[string]any) (data, input map[
 		}
 		data = map[string]any{"plugin": "resource", "resource-path": segs, "query": map[string]any{}}
 	}
-	return data, map[string]any{"submods": map[string]any{"cpu0": map[string]any{"ear.veraison.annotated-evidence": evidence}}}
+	submods := map[string]any{}
+	if devices, ok := evidence["devices"].(map[string]any); ok {
+		submods = maps.Clone(devices)
+		evidence = maps.Clone(evidence)
+		delete(evidence, "devices")
+	}
+	submods["cpu0"] = map[string]any{"ear.veraison.annotated-evidence": evidence}
+	return data, map[string]any{"submods": submods}
 }
 
 // answer is what OPA says: "true", "false", "refused" (the text does not load)
@@ -107,6 +115,9 @@ func decisionRules(t testing.TB) Rules {
 		Rule{CVMID: "mix", Paths: []string{"keys/root/mix"}, Digests: [][48]byte{digest(3)}, MinTCB: map[string]TCB{"Genoa": {Bootloader: 10, SNP: 24}, "Turin": {Bootloader: 1, TEE: 1, SNP: 4, Microcode: 71}}},
 		Rule{CVMID: "sim", Paths: []string{"keys/root/sim"}, Digests: [][48]byte{digest(4)}, Simulated: true},
 		Rule{CVMID: "smp", Paths: []string{"keys/root/smp"}, TEE: TEESample},
+		Rule{CVMID: "gpu", Paths: []string{"keys/root/gpu", "keys/vault/gpu", "site/data/gpu"}, Digests: [][48]byte{digest(5)}, GPUPaths: []string{"keys/vault/gpu", "site/data/gpu"}},
+		Rule{CVMID: "gsm", Paths: []string{"keys/vault/gsm"}, Digests: [][48]byte{digest(6)}, GPUPaths: []string{"keys/vault/gsm"}, Simulated: true},
+		Rule{CVMID: "gsp", Paths: []string{"keys/vault/gsp"}, TEE: TEESample, GPUPaths: []string{"keys/vault/gsp"}},
 	)
 }
 
@@ -124,7 +135,39 @@ func decisions() []decision {
 	sample := func(bool) map[string]any {
 		return map[string]any{"sample": map[string]any{"svn": "1"}, "simulated": true}
 	}
+	gpus := func(d [48]byte, devices ...any) func(bool) map[string]any { // name, status and mark by turns
+		return snp(d, func(_, e map[string]any) {
+			list := map[string]any{}
+			for i := 0; i < len(devices); i += 3 {
+				list[devices[i].(string)] = device(devices[i+1], devices[i+2])
+			}
+			e["devices"] = list
+		})
+	}
 	return []decision{
+		{"GPUs' CVM without GPUs: its root", "keys/root/gpu", snp(digest(5), nil), true},
+		{"without GPUs", "keys/vault/gpu", snp(digest(5), nil), false},
+		{"a verified GPU", "keys/vault/gpu", gpus(digest(5), "gpu0", "affirming", nil), true},
+		{"a verified GPU: the root", "keys/root/gpu", gpus(digest(5), "gpu0", "affirming", nil), true},
+		{"a verified GPU: a resource", "site/data/gpu", gpus(digest(5), "gpu0", "affirming", nil), true},
+		{"two verified GPUs", "keys/vault/gpu", gpus(digest(5), "gpu0", "affirming", nil, "gpu1", "affirming", false), true},
+		{"a GPU that is contraindicated", "keys/vault/gpu", gpus(digest(5), "gpu0", "contraindicated", nil), false},
+		{"a GPU without a status", "keys/vault/gpu", gpus(digest(5), "gpu0", nil, nil), false},
+		{"the second is only a warning", "keys/vault/gpu", gpus(digest(5), "gpu0", "affirming", nil, "gpu1", "warning", nil), false},
+		{"a device that is no GPU", "keys/vault/gpu", gpus(digest(5), "switch0", "affirming", nil), false},
+		{"a switch beside the GPU", "keys/vault/gpu", gpus(digest(5), "gpu0", "affirming", nil, "switch0", "affirming", nil), false},
+		{"verified GPUs, another CVM", "keys/vault/gpu", gpus(digest(1), "gpu0", "affirming", nil), false},
+		{"a simulated GPU", "keys/vault/gpu", gpus(digest(5), "gpu0", "affirming", true), false},
+		{"a simulated GPU beside a verified one", "keys/vault/gpu", gpus(digest(5), "gpu0", "affirming", nil, "gpu1", "affirming", true), false},
+		{"a simulated GPU, rule allows it", "keys/vault/gsm", gpus(digest(6), "gpu0", "affirming", true), true},
+		{"a real GPU, rule for simulation", "keys/vault/gsm", gpus(digest(6), "gpu0", "affirming", nil), true},
+		{"no GPU, rule for simulation", "keys/vault/gsm", snp(digest(6), nil), false},
+		{"sample evidence without GPUs", "keys/vault/gsp", sample, false},
+		{"sample evidence with a GPU", "keys/vault/gsp", func(bool) map[string]any {
+			e := sample(false)
+			e["devices"] = map[string]any{"gpu0": device("affirming", nil)}
+			return e
+		}, true},
 		{"own path and digest", "keys/root/one", snp(digest(1), nil), true},
 		{"second digest", "keys/root/one", snp(digest(2), nil), true},
 		{"second path", "keys/vault/one", snp(digest(2), nil), true},
@@ -157,6 +200,19 @@ func decisions() []decision {
 		{"hardware, rule for sample", "keys/root/smp", snp(digest(1), nil), false},
 		{"no evidence", "keys/root/one", func(bool) map[string]any { return map[string]any{} }, false},
 	}
+}
+
+// device is a submod; nil leaves status or mark out.
+func device(status, simulated any) map[string]any {
+	evidence := map[string]any{"nvidia": map[string]any{"measres": "success"}}
+	submod := map[string]any{"ear.veraison.annotated-evidence": evidence}
+	if status != nil {
+		submod["ear.status"] = status
+	}
+	if simulated != nil {
+		evidence["simulated"] = simulated
+	}
+	return submod
 }
 
 func TestRenderedPolicyDecides(t *testing.T) {

@@ -14,6 +14,7 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"strings"
 
 	"coffer/hostbuild/bundle"
 	"coffer/hostbuild/policy"
@@ -93,15 +94,29 @@ func (r *Registrar) Check(ctx context.Context) error {
 	return nil
 }
 
-// RuleOf is the rule that a bundle needs: its two resources, its launch digests
+// CheckGPU fails where the KBS cannot judge GPUs, as far as it lets one know.
+func (r *Registrar) CheckGPU(ctx context.Context) error {
+	if _, err := r.admin.ResourcePolicy(ctx); err == nil {
+		return fmt.Errorf("%s: it is of a generation (Trustee before v0.17, hostbuild kbs serve --dialect T) that evidence of GPUs ends; use Trustee v0.17 or newer, or the embedded KBS with --dialect H and --gpu-rim-dir, or have the agent alone judge them: gpu.mode local or nras, without gpu.required", r.where)
+	} else if !errors.Is(err, kbsclient.ErrNotSupported) {
+		return fmt.Errorf("%s: %w", r.where, err)
+	}
+	return nil
+}
+
+// RuleOf is the rule that a bundle needs: its resources, its launch digests
 // and the minimum TCBs of the settings, raised to the bundle's own.
 func (r *Registrar) RuleOf(m *bundle.Manifest) (policy.Rule, error) {
-	rule := policy.Rule{CVMID: m.CVMID, Paths: []string{m.KBS.KeyPath, m.KBS.CanaryPath}, TEE: m.TEE}
+	rule := policy.Rule{CVMID: m.CVMID, Paths: []string{m.KBS.KeyPath, m.KBS.CanaryPath}, TEE: m.TEE, Simulated: m.Platform == guestconfig.PlatformSimulated}
+	if m.KBS.VaultKeyPath != "" {
+		needGPU := append([]string{m.KBS.VaultKeyPath}, m.KBS.GPUResources...)
+		rule.Paths = append(rule.Paths, needGPU...)
+		rule.GPUPaths = append(needGPU, m.KBS.CanaryPath)
+	}
 	if m.TEE == policy.TEESample {
 		return rule, nil // sample evidence carries no measurement
 	}
 	rule.MinTCB = raise(r.minTCB, policy.TCB(m.MinTCB))
-	rule.Simulated = m.Platform == guestconfig.PlatformSimulated
 	for _, d := range m.LaunchDigests {
 		var sum [48]byte
 		if n, err := hex.Decode(sum[:], []byte(d.Digest)); err != nil || n != len(sum) {
@@ -116,6 +131,9 @@ func (r *Registrar) RuleOf(m *bundle.Manifest) (policy.Rule, error) {
 func (r *Registrar) ForgetCVM(ctx context.Context, rule policy.Rule) error {
 	_, err := r.RemoveRule(ctx, rule.CVMID)
 	for _, p := range rule.Paths {
+		if !strings.HasPrefix(p, "keys/") {
+			continue // a resource that people have put there
+		}
 		if derr := r.admin.DeleteResource(ctx, p); derr != nil && !errors.Is(derr, kbsclient.ErrNotSupported) {
 			err = errors.Join(err, derr)
 		}
@@ -123,12 +141,16 @@ func (r *Registrar) ForgetCVM(ctx context.Context, rule policy.Rule) error {
 	return err
 }
 
-// AddCVM stores the key and the canary, the rule's two resources, and adds the rule. The rule comes last:
-// without it nothing is released. After an error nothing of it is left. The caller wipes key.
-func (r *Registrar) AddCVM(ctx context.Context, rule policy.Rule, key []byte) error {
+// AddCVM stores the keys and the canary, and adds the rule, whose first resources
+// they are: the disk's key, the canary, and /vault's key where it has one. The rule
+// comes last: without it nothing is released. After an error nothing of it is left.
+// The caller wipes keys.
+func (r *Registrar) AddCVM(ctx context.Context, rule policy.Rule, keys ...[]byte) error {
 	add := func() error {
-		if err := r.admin.SetResource(ctx, rule.Paths[0], key); err != nil {
-			return err
+		for i, key := range keys {
+			if err := r.admin.SetResource(ctx, rule.Paths[2*i], key); err != nil {
+				return err
+			}
 		}
 		if err := r.admin.SetResource(ctx, rule.Paths[1], []byte(rule.CVMID)); err != nil {
 			return err

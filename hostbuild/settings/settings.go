@@ -34,7 +34,7 @@ type Settings struct {
 
 	MinTCB map[string]snp.TCB // what rules ask of a guest's firmware, by product
 
-	BaseDir   string // a guest base made by `hostbuild base build`
+	BaseDir   string // a guest base made by `hostbuild base build`; the installed one unless set
 	OVMF      string // a firmware in place of the base's, "" for the base's
 	IDKey     string // PEM file of the key that signs ID blocks, "" for none
 	OutputDir string // where bundles go
@@ -66,7 +66,7 @@ func Find(explicit string, getenv func(string) string) (string, error) {
 			return "", fmt.Errorf("settings: %w", err)
 		}
 	}
-	return "", fmt.Errorf("%w: none of --settings, $COFFER_SETTINGS, %s, %s; `hostbuild kbs init` writes one to start from", ErrNotFound, tried[0], tried[len(tried)-1])
+	return "", fmt.Errorf("%w: none of --settings, $COFFER_SETTINGS, %s, %s; `hostbuild init` writes one", ErrNotFound, tried[0], tried[len(tried)-1])
 }
 
 // Read reads the file at path.
@@ -75,7 +75,21 @@ func Read(path string) (*Settings, error) {
 	if err != nil {
 		return nil, fmt.Errorf("settings: %w", err)
 	}
-	s := &Settings{File: path}
+	return build(path, doc, m)
+}
+
+// Keys lists all keys of a settings file.
+func Keys() []*yamlcheck.Key {
+	doc, m, err := yamlcheck.Parse("", []byte("min_tcb: {Turin: {}}"))
+	if err != nil {
+		panic(err) // of a constant
+	}
+	_, _ = build("", doc, m) // what is wrong with the values does not matter
+	return doc.Asked()
+}
+
+func build(path string, doc *yamlcheck.Doc, m *yamlcheck.Map) (s *Settings, err error) {
+	s = &Settings{File: path}
 	kbs := m.Map("kbs")
 	s.KBSURL = kbs.Required("url", "where the KBS is, such as https://kbs.example:8999")
 	s.KBSGuestURL = kbs.String("guest_url", s.KBSURL)
@@ -94,8 +108,11 @@ func Read(path string) (*Settings, error) {
 		}
 	}
 	s.MinTCB = minTCB(m)
-	m.Required("base_dir", "folder of a guest base, made by `hostbuild base build`")
-	s.BaseDir = file(m, "base_dir")
+	if s.BaseDir = file(m, "base_dir"); s.BaseDir == "" {
+		if s.BaseDir = InstalledBase(); s.BaseDir == "" {
+			m.Faultf("base_dir", "is missing, and no guest base is installed: folder of a guest base, made by `hostbuild base build`")
+		}
+	}
 	s.OVMF, s.IDKey = m.Path("ovmf"), m.Path("id_key")
 	if s.OutputDir = file(m, "output_dir"); s.OutputDir == "" {
 		if s.OutputDir, err = yamlcheck.Expand("~/.local/share/coffer/bundles"); err != nil {
@@ -114,6 +131,24 @@ func Read(path string) (*Settings, error) {
 	m.Finish()
 	s.Warnings = doc.Warnings()
 	return s, doc.Err()
+}
+
+// InstalledBase is the guest base that was installed with the running program,
+// "" where there is none: PREFIX/lib/coffer/base/snp beside PREFIX/bin.
+func InstalledBase() string {
+	program, err := os.Executable()
+	if err != nil {
+		return ""
+	}
+	return baseOf(program)
+}
+
+func baseOf(program string) string {
+	dir := filepath.Join(filepath.Dir(filepath.Dir(program)), "lib/coffer/base/snp")
+	if st, err := os.Stat(dir); err != nil || !st.IsDir() {
+		return ""
+	}
+	return dir
 }
 
 // minTCB reads min_tcb; without it, the verifier's default holds.

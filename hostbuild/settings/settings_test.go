@@ -80,3 +80,18 @@ func TestFind(t *testing.T) {
 		t.Errorf("the user's file: %s, %v", f, err)
 	}
 }
+
+func TestInstalledBase(t *testing.T) {
+	prefix := t.TempDir()
+	program := filepath.Join(prefix, "bin/hostbuild")
+	if dir := baseOf(program); dir != "" {
+		t.Errorf("without a base: %s", dir)
+	}
+	want := filepath.Join(prefix, "lib/coffer/base/snp")
+	if err := os.MkdirAll(want, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	if dir := baseOf(program); dir != want {
+		t.Errorf("the base beside the program: %q, want %q", dir, want)
+	}
+}

@@ -4,6 +4,9 @@
 // A key that no reader asked for is a warning, because a newer NVFlare may add
 // some; a near miss of a known key is an error with the suggestion, because a
 // misspelt key would otherwise silently leave its default in force.
+//
+// A document also remembers what its readers asked for, Doc.Asked: the one table
+// of keys, from which reference and editor schema are checked and made.
 package yamlcheck
 
 import (
@@ -41,15 +44,65 @@ type Doc struct {
 	file     string
 	errs     []error
 	warnings []string
+	asked    []*Key
 }
 
-// Map is one mapping of a document. The zero value behaves as an empty one.
+// Kind is a form that a key's value may have.
+type Kind string
+
+// The forms that readers ask for.
+const (
+	Text    Kind = "text"
+	Number  Kind = "number"
+	Boolean Kind = "boolean"
+	Texts   Kind = "texts" // a list, or one text
+	Mapping Kind = "mapping"
+	List    Kind = "list" // of mappings
+)
+
+// Key is one key that readers asked for.
+type Key struct {
+	// Path is dotted. A * in it stands for any name, and [] follows the name of a
+	// list whose entries are mappings.
+	Path    string
+	Kinds   []Kind   // none: readers only looked whether it is there
+	Allowed []string // the values of a Text, where they are a closed set
+	Lo, Hi  int64    // of a Number
+	Must    bool     // it is missed where its mapping is there
+}
+
+// Asked returns the keys that were asked for, each once, in the order of the
+// questions.
+func (d *Doc) Asked() []*Key { return d.asked }
+
+// asks notes that a reader asks for key in the form kind, "" for any.
+func (m *Map) asks(key string, kind Kind) *Key {
+	if slices.Contains(m.free, key) {
+		key = "*"
+	}
+	path := m.pattern + key
+	i := slices.IndexFunc(m.doc.asked, func(k *Key) bool { return k.Path == path })
+	if i < 0 {
+		i = len(m.doc.asked)
+		m.doc.asked = append(m.doc.asked, &Key{Path: path})
+	}
+	k := m.doc.asked[i]
+	if kind != "" && !slices.Contains(k.Kinds, kind) {
+		k.Kinds = append(k.Kinds, kind)
+	}
+	return k
+}
+
+// Map is one mapping of a document, perhaps an empty one.
 type Map struct {
 	doc  *Doc
 	path string     // with a trailing dot, "" at the top
 	node *yaml.Node // nil: it is not there
 	at   *yaml.Node // for faults: itself, or what it should be in
 	used []string
+
+	pattern string   // of Key.Path, with a trailing dot
+	free    []string // names that are not of a fixed set
 }
 
 // Read parses the mapping in the file at path.
@@ -148,7 +201,10 @@ func (m *Map) value(key string) *yaml.Node {
 }
 
 // Has reports whether the key is there and not null.
-func (m *Map) Has(key string) bool { return m.value(key) != nil }
+func (m *Map) Has(key string) bool {
+	m.asks(key, "")
+	return m.value(key) != nil
+}
 
 // Keys returns all keys in their order; none of them counts as unknown.
 func (m *Map) Keys() []string {
@@ -159,7 +215,7 @@ func (m *Map) Keys() []string {
 	for i := 0; i+1 < len(m.node.Content); i += 2 {
 		ks = append(ks, m.node.Content[i].Value)
 	}
-	m.used = append(m.used, ks...)
+	m.used, m.free = append(m.used, ks...), ks
 	return ks
 }
 
@@ -181,14 +237,17 @@ func (m *Map) FaultItemf(key string, item int, format string, a ...any) {
 	m.doc.fault(v, "%s%s: %s", m.path, key, fmt.Sprintf(format, a...))
 }
 
-// IsMap reports whether the value of key is a mapping.
+// IsMap reports whether the value of key, which may be a text too, is a mapping.
 func (m *Map) IsMap(key string) bool {
+	m.asks(key, Text)
+	m.asks(key, Mapping)
 	v := m.value(key)
 	return v != nil && v.Kind == yaml.MappingNode
 }
 
 // String returns a scalar as text, or def.
 func (m *Map) String(key, def string) string {
+	m.asks(key, Text)
 	v := m.value(key)
 	if v == nil {
 		return def
@@ -202,6 +261,7 @@ func (m *Map) String(key, def string) string {
 
 // Required is String for a key that must be there and not empty.
 func (m *Map) Required(key, what string) string {
+	m.asks(key, Text).Must = true
 	s := m.String(key, "")
 	if s == "" && !slices.ContainsFunc(m.doc.errs, func(e error) bool { return strings.Contains(e.Error(), m.path+key+":") }) {
 		m.doc.fault(m.at, "%s%s is missing: %s", m.path, key, what)
@@ -211,6 +271,7 @@ func (m *Map) Required(key, what string) string {
 
 // OneOf is String with a closed set of values.
 func (m *Map) OneOf(key, def string, allowed ...string) string {
+	m.asks(key, Text).Allowed = allowed
 	s := m.String(key, def)
 	if m.Has(key) && !slices.Contains(allowed, s) {
 		m.Faultf(key, "%q is not %s", s, strings.Join(allowed, " or "))
@@ -221,6 +282,8 @@ func (m *Map) OneOf(key, def string, allowed ...string) string {
 
 // Int returns a whole number within lo..hi, or def.
 func (m *Map) Int(key string, def, lo, hi int64) int64 {
+	k := m.asks(key, Number)
+	k.Lo, k.Hi = lo, hi
 	v := m.value(key)
 	if v == nil {
 		return def
@@ -235,6 +298,7 @@ func (m *Map) Int(key string, def, lo, hi int64) int64 {
 
 // Bool returns true or false, or def.
 func (m *Map) Bool(key string, def bool) bool {
+	m.asks(key, Boolean)
 	v := m.value(key)
 	if v == nil {
 		return def
@@ -249,6 +313,7 @@ func (m *Map) Bool(key string, def bool) bool {
 
 // Strings returns a list of scalars; one scalar counts as a list of one.
 func (m *Map) Strings(key string) []string {
+	m.asks(key, Texts)
 	v := m.value(key)
 	if v == nil {
 		return nil
@@ -270,7 +335,7 @@ func (m *Map) Strings(key string) []string {
 
 // Map returns the mapping at key; an empty one where there is none.
 func (m *Map) Map(key string) *Map {
-	c := &Map{doc: m.doc, path: m.path + key + ".", at: m.at}
+	c := &Map{doc: m.doc, path: m.path + key + ".", at: m.at, pattern: m.asks(key, Mapping).Path + "."}
 	v := m.value(key)
 	if v == nil {
 		return c
@@ -286,6 +351,7 @@ func (m *Map) Map(key string) *Map {
 
 // Maps returns the list of mappings at key.
 func (m *Map) Maps(key string) []*Map {
+	pattern := m.asks(key, List).Path + "[]."
 	v := m.value(key)
 	if v == nil {
 		return nil
@@ -301,7 +367,7 @@ func (m *Map) Maps(key string) []*Map {
 			m.Faultf(key, "entry %d must be a list of keys and values", i+1)
 			continue
 		}
-		c := &Map{doc: m.doc, path: fmt.Sprintf("%s%s[%d].", m.path, key, i), node: e, at: e}
+		c := &Map{doc: m.doc, path: fmt.Sprintf("%s%s[%d].", m.path, key, i), node: e, at: e, pattern: pattern}
 		m.doc.duplicates(e, c.path)
 		out = append(out, c)
 	}

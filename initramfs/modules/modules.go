@@ -15,6 +15,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"path"
 	"runtime"
 	"slices"
@@ -261,24 +262,34 @@ func (x *Index) Closure(wanted []string) ([]Module, error) {
 	return out, nil
 }
 
-// ClosureOf is Closure of the wanted modules, then of those that the feature needs
-// besides.
-func (x *Index) ClosureOf(wanted []string, feature string, more []string) ([]Module, error) {
-	plain, err := x.Closure(wanted)
-	if err != nil || len(more) == 0 {
-		return plain, err
-	}
-	all, err := x.Closure(slices.Concat(wanted, more))
+// ClosureOf is Closure of the wanted modules, then of those that each feature needs
+// besides. No two features may need the same besides.
+func (x *Index) ClosureOf(wanted []string, features map[string][]string) ([]Module, error) {
+	out, err := x.Closure(wanted)
 	if err != nil {
 		return nil, err
 	}
-	for _, m := range all {
-		if !slices.ContainsFunc(plain, func(p Module) bool { return p.Name == m.Name }) {
-			m.Feature = feature
-			plain = append(plain, m)
+	taken := map[string]string{} // module to feature
+	for _, m := range out {
+		taken[m.Name] = ""
+	}
+	for _, feature := range slices.Sorted(maps.Keys(features)) {
+		more, err := x.Closure(slices.Concat(wanted, features[feature]))
+		if err != nil {
+			return nil, err
+		}
+		for _, m := range more {
+			by, is := taken[m.Name]
+			switch {
+			case is && by != "" && by != feature:
+				return nil, fmt.Errorf("kernel module %s is needed by both %s and %s: list it for all guests", m.Name, by, feature)
+			case !is:
+				taken[m.Name], m.Feature = feature, feature
+				out = append(out, m)
+			}
 		}
 	}
-	return plain, nil
+	return out, nil
 }
 
 // providers are the modules of that name or alias.

@@ -22,6 +22,7 @@ import (
 	"net/netip"
 	"time"
 
+	"coffer/initramfs/watch"
 	"coffer/internal/boot"
 	"coffer/internal/evidence"
 	"coffer/internal/firewall"
@@ -38,13 +39,18 @@ type Deps struct {
 	WriteFile  func(path string, data []byte, perm fs.FileMode) error // makes the folder
 	Now        func() time.Time
 	SetClock   func(time.Time) error
-	LoadModule func(path string) error
+	ACPITables func() ([]ACPITable, error)
+	LoadModule func(path, params string) error
 	MountTSM   func() error // needs the module configfs
 	Sysctl     func(name, value string) error
-	Evidence   func(platform, tee string) (evidence.Source, error)
-	Firewall   func(firewall.Rules) error
-	Network    func(context.Context, *guestconfig.Static) (*netup.Network, error)
-	Lookup     func(ctx context.Context, host string) ([]netip.Addr, error)
+	// Lockdown locks the kernel down (integrity) where that is not done yet, and
+	// returns the mode in force.
+	Lockdown  func() (mode string, err error)
+	KernelLog func() (string, error)
+	Evidence  func(platform, tee string) (evidence.Source, error)
+	Firewall  func(firewall.Rules) error
+	Network   func(context.Context, *guestconfig.Static) (*netup.Network, error)
+	Lookup    func(ctx context.Context, host string) ([]netip.Addr, error)
 	// FetchKey returns the resource at kbs.KeyPath. It connects to peers only.
 	FetchKey func(ctx context.Context, kbs guestconfig.KBS, peers []netip.AddrPort, a kbsclient.Attester) ([]byte, error)
 	// OpenDisk returns the device of the decrypted payload.
@@ -53,8 +59,8 @@ type Deps struct {
 	MountRoot  func(root string) error
 	// Linear maps a part of dev to a device of its own.
 	Linear func(name, dev string, offset, size int64) (string, error)
-	// SwitchRoot makes the mounted root the root and runs its program. It does
-	// not return but with an error.
+	// SwitchRoot makes the mounted root the root and runs the program in this
+	// one's place. It does not return but with an error.
 	SwitchRoot func(program string) error
 	// PowerOff flushes the console and powers the machine off.
 	PowerOff func()
@@ -81,6 +87,7 @@ func (g *guest) phases() []boot.Phase {
 	return []boot.Phase{
 		{Name: "mounts", Deadline: 10 * s, Code: boot.CodeInternal, Run: g.mounts},
 		{Name: "config", Deadline: 10 * s, Code: boot.CodeConfig, Run: g.config},
+		{Name: "acpi", Deadline: 10 * s, Code: boot.CodeACPI, Run: g.acpi},
 		{Name: "modules", Deadline: 120 * s, Code: boot.CodeModules, Run: g.modules},
 		{Name: "evidence", Deadline: 30 * s, Code: boot.CodeEvidence, Run: g.evidence},
 		{Name: "firewall", Deadline: 10 * s, Code: boot.CodeFirewall, Run: g.firewall},
@@ -88,13 +95,14 @@ func (g *guest) phases() []boot.Phase {
 		{Name: "key", Deadline: 120 * s, Code: boot.CodeKBSProtocol, Run: g.fetchKey},
 		{Name: "luks", Deadline: 60 * s, Code: boot.CodeLUKSHeader, Run: g.luks},
 		{Name: "verity", Deadline: 30 * s, Code: boot.CodeVerity, Run: g.verity},
+		{Name: "driver", Deadline: 60 * s, Code: boot.CodeGPU, Run: g.driver},
 		{Name: lastPhase, Deadline: 30 * s, Code: boot.CodeRoot, Run: g.root},
 	}
 }
 
 const lastPhase = "root"
 
-// Boot runs the phases and then the agent, in this process's place. Where it
+// Boot runs the phases and then the agent's watcher, in this process's place. Where it
 // returns, the boot has failed and Deps.PowerOff has been called.
 func Boot(ctx context.Context, log *boot.Log, d Deps) {
 	g := &guest{Deps: d, log: log}
@@ -167,6 +175,9 @@ func (g *guest) evidence(ctx context.Context) error {
 	if g.source, err = g.Evidence(g.cfg.Platform, g.cfg.TEE); err != nil {
 		return err
 	}
+	if err := evidence.Carry(g.source, g.cfg.VCEKs); err != nil {
+		return err
+	}
 	if g.cfg.TEE == evidence.TEESample {
 		return nil
 	}
@@ -209,7 +220,7 @@ func checkReport(r *snp.Report) error {
 // lastMeasurement prints the measurement of a boot that failed before the phase
 // evidence, if it can be had: it is what an operator compares first.
 func (g *guest) lastMeasurement(ctx context.Context, failed string) {
-	if failed != "config" && failed != "modules" {
+	if failed != "config" && failed != "acpi" && failed != "modules" {
 		return
 	}
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
@@ -218,7 +229,7 @@ func (g *guest) lastMeasurement(ctx context.Context, failed string) {
 	go func() {
 		defer close(done)
 		defer func() { _ = recover() }() // the boot's own failure is what counts
-		if failed == "config" && g.modules(ctx) != nil {
+		if failed != "modules" && g.modules(ctx) != nil {
 			return
 		}
 		if s, err := g.Evidence(evidence.Platform, evidence.TEESNP); err == nil {
@@ -280,7 +291,7 @@ func (g *guest) root(context.Context) error {
 	return err
 }
 
-// enter leaves what the agent needs to know and becomes the agent.
+// enter leaves what the agent needs to know and becomes its watcher.
 func (g *guest) enter() error {
 	dns := make([]string, 0, len(g.net.DNS))
 	for _, a := range g.net.DNS {
@@ -300,5 +311,5 @@ func (g *guest) enter() error {
 	if err := g.WriteFile(guestconfig.HandoverPath, handover, 0o600); err != nil {
 		return err
 	}
-	return g.SwitchRoot(guestconfig.AgentPath)
+	return g.SwitchRoot(watch.Self)
 }

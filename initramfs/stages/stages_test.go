@@ -11,6 +11,7 @@ import (
 	"slices"
 	"strings"
 	"sync"
+	"syscall"
 	"testing"
 	"testing/synctest"
 	"time"
@@ -68,8 +69,11 @@ type machine struct {
 	source  *fakeSource
 	cmdline string
 	load    string
+	driver  string // the load list of the verity root; "": it has none
 	now     time.Time
 	key     []byte // given out by FetchKey
+	acpi    []ACPITable
+	mode    string // the kernel's lockdown
 	fail    map[string]error
 
 	mu      sync.Mutex
@@ -88,6 +92,8 @@ func newMachine() *machine {
 		load:    "/lib/modules/6.12/kernel/dm_mod.ko\n-/lib/modules/6.12/kernel/sev_guest.ko\n",
 		now:     time.Unix(1_800_000_000, 0),
 		key:     append(bytes.Clone(testPassphrase), '\n'),
+		acpi:    []ACPITable{{Name: "APIC"}, {Name: "DSDT", Data: []byte("bytecode")}, {Name: "FACP"}},
+		mode:    "integrity",
 		fail:    map[string]error{},
 		files:   map[string]string{},
 	}
@@ -116,6 +122,10 @@ func (m *machine) deps() Deps {
 				return []byte(m.cmdline), nil
 			case loadListPath:
 				return []byte(m.load), nil
+			case newRoot + loadListPath:
+				if m.driver != "" {
+					return []byte(m.driver), nil
+				}
 			}
 			return nil, fs.ErrNotExist
 		},
@@ -125,9 +135,14 @@ func (m *machine) deps() Deps {
 		},
 		Now:        func() time.Time { return m.now },
 		SetClock:   func(t time.Time) error { return m.call(fmt.Sprint("SetClock ", t.Unix())) },
-		LoadModule: func(path string) error { return m.call("LoadModule " + path) },
+		ACPITables: func() ([]ACPITable, error) { return m.acpi, m.call("ACPITables") },
+		LoadModule: func(path, params string) error { return m.call(strings.TrimSpace("LoadModule " + path + " " + params)) },
 		MountTSM:   func() error { return m.call("MountTSM") },
 		Sysctl:     func(name, value string) error { return m.call("Sysctl " + name + "=" + strings.TrimSpace(value)) },
+		Lockdown:   func() (string, error) { return m.mode, m.call("Lockdown") },
+		KernelLog: func() (string, error) {
+			return "<6>[    1.0] NET: up\n<4>[    9.1] NVRM: loading\n" + strings.Repeat("<4>[    9.1] NVRM: again\n", 10) + "<4>[    9.2] NVRM: No NVIDIA GPU found.\n", nil
+		},
 		Evidence: func(platform, tee string) (evidence.Source, error) {
 			return m.source, m.call("Evidence " + platform + " " + tee)
 		},
@@ -202,15 +217,69 @@ func TestFeatureModules(t *testing.T) {
 	}
 }
 
+// The GPUs' driver lies in the verity root; nothing unsigned follows it.
+func TestDriver(t *testing.T) {
+	const (
+		nvidia = "LoadModule /newroot/lib/modules/6.12/nvidia.ko"
+		uvm    = "LoadModule /newroot/lib/modules/6.12/nvidia-uvm.ko"
+		last   = "Sysctl kernel/modules_disabled=1"
+	)
+	guest := func(count int) *machine {
+		m := newMachine()
+		m.cfg.GPU = &guestconfig.GPU{Mode: guestconfig.GPULocal, OCSP: "off", Count: count}
+		m.load += "gpu:/lib/modules/6.12/kernel/ecdh_generic.ko\n"
+		m.driver = "/lib/modules/6.12/nvidia.ko\n/lib/modules/6.12/nvidia-uvm.ko\n"
+		return m
+	}
+	for _, c := range []struct {
+		name  string
+		spoil func(*machine)
+		want  []string
+	}{
+		{"several GPUs", func(*machine) {}, []string{"LoadModule /lib/modules/6.12/kernel/ecdh_generic.ko", "MountRoot /dev/dm-1", nvidia, uvm, "Lockdown", last, "SwitchRoot /proc/self/exe"}},
+		{"one GPU", func(m *machine) { m.cfg.GPU.Count = 1 }, []string{nvidia + " NVreg_NvLinkDisable=1", uvm, "Lockdown", last}},
+		{"made-up GPUs", func(m *machine) { m.driver = "" }, []string{"MountRoot /dev/dm-1", "Lockdown", last, "SwitchRoot /proc/self/exe"}},
+	} {
+		m := guest(8)
+		c.spoil(m)
+		m.boot(t.Context())
+		at := -1
+		for _, call := range c.want {
+			i := slices.Index(m.calls, call)
+			if i <= at {
+				t.Errorf("%s: %q is not where it belongs in %q", c.name, call, m.calls)
+			}
+			at = i
+		}
+		if c.name == "made-up GPUs" && m.did(nvidia) {
+			t.Errorf("%s: a module out of nowhere", c.name)
+		}
+	}
+
+	m := guest(1)
+	m.fail[nvidia+" NVreg_NvLinkDisable=1"] = syscall.ENODEV
+	m.boot(t.Context())
+	if text := m.console.String(); !strings.Contains(text, "coffer: kernel: NVRM: No NVIDIA GPU found.\n") || strings.Contains(text, "NVRM: loading") || strings.Contains(text, "NET") {
+		t.Errorf("what the driver said last is not on the console alone:\n%s", text)
+	}
+
+	m = newMachine()
+	m.driver = "/lib/modules/6.12/nvidia.ko\n"
+	m.boot(t.Context())
+	if m.did(nvidia) || !m.did("SwitchRoot") {
+		t.Errorf("a guest without GPUs: %q", m.calls)
+	}
+}
+
 func TestBoot(t *testing.T) {
 	m := newMachine()
 	m.boot(t.Context())
 	want := []string{
 		"Mount",
-		"ReadFile /etc/coffer/guest.json", "ReadFile /proc/cmdline",
+		"ReadFile /etc/coffer/guest.json", "ReadFile /proc/cmdline", "ACPITables",
 		"ReadFile /lib/modules/load", "LoadModule /lib/modules/6.12/kernel/dm_mod.ko", "LoadModule /lib/modules/6.12/kernel/sev_guest.ko", "MountTSM",
 		"Sysctl kernel/modprobe=", "Sysctl kernel/kexec_load_disabled=1", "Sysctl kernel/sysrq=0", "Sysctl kernel/dmesg_restrict=1",
-		"Sysctl kernel/kptr_restrict=2", "Sysctl kernel/unprivileged_bpf_disabled=1", "Sysctl kernel/yama/ptrace_scope=2", "Sysctl kernel/modules_disabled=1",
+		"Sysctl kernel/kptr_restrict=2", "Sysctl kernel/unprivileged_bpf_disabled=1", "Sysctl kernel/yama/ptrace_scope=2", "Lockdown", "Sysctl kernel/modules_disabled=1",
 		"Evidence " + evidence.Platform + " snp",
 		"Firewall",
 		"Network", "WriteFile /run/coffer/resolv.conf", "WriteFile /run/coffer/hosts", "Firewall",
@@ -218,7 +287,7 @@ func TestBoot(t *testing.T) {
 		"OpenDisk",
 		"OpenVerity /dev/dm-0", "MountRoot /dev/dm-1",
 		"Linear scratch /dev/dm-0 8388608 16777216",
-		"WriteFile /run/coffer/handover.json", "SwitchRoot /bin/agent",
+		"WriteFile /run/coffer/handover.json", "SwitchRoot /proc/self/exe",
 		"PowerOff",
 	}
 	if !slices.Equal(m.calls, want) {
@@ -236,7 +305,7 @@ func TestBoot(t *testing.T) {
 		}
 	}
 	text := m.console.String()
-	for _, phase := range []string{"mounts", "config", "modules", "evidence", "firewall", "network", "key", "luks", "verity", "root"} {
+	for _, phase := range []string{"mounts", "config", "acpi", "modules", "evidence", "firewall", "network", "key", "luks", "verity", "root"} {
 		for _, status := range []string{"start", "ok"} {
 			_, rest, found := strings.Cut(text, "phase="+phase+" status="+status+" t=0.00\n")
 			if !found {
@@ -244,6 +313,10 @@ func TestBoot(t *testing.T) {
 			}
 			text = rest
 		}
+	}
+	// The digest of "bytecode".
+	if want := "coffer: acpi tables=APIC,DSDT,FACP dsdt_sha256=8e896187127726aa"; !strings.Contains(m.console.String(), want) {
+		t.Errorf("no line %q:\n%s", want, m.console.String())
 	}
 	if !strings.Contains(m.console.String(), digestLine) {
 		t.Error("the launch measurement is not printed")
@@ -293,15 +366,34 @@ func TestFailures(t *testing.T) {
 		notDid string // what must not have happened
 	}{
 		{"mounts", func(m *machine) { m.fail["Mount"] = errFake }, "mounts", boot.CodeInternal, "no luck", "ReadFile"},
-		{"no config", func(m *machine) { m.fail["ReadFile "+configPath] = fs.ErrNotExist }, "config", boot.CodeConfig, "not exist", "Network"},
+		{"no config", func(m *machine) {
+			m.load += "nfs:/lib/modules/6.12/kernel/nfsv4.ko\n"
+			m.fail["ReadFile "+configPath] = fs.ErrNotExist
+		}, "config", boot.CodeConfig, "not exist", "Network"},
 		{"invalid config", func(m *machine) { m.cfg.CVMID = "x" }, "config", boot.CodeConfig, "cvm_id", "Network"},
 		{"vm_id of another", func(m *machine) { m.cmdline = "vm_id=cvm_ffffffffffff" }, "config", boot.CodeConfig, "cvm_ffffffffffff", "Network"},
 		{"vm_id missing", func(m *machine) { m.cmdline = "quiet" }, "config", boot.CodeConfig, "vm_id is missing", "Network"},
 		{"vm_id twice", func(m *machine) { m.cmdline += " vm_id=" + testID }, "config", boot.CodeConfig, "2 times", "Network"},
 		{"clock", func(m *machine) { m.now = time.Unix(5, 0); m.fail["SetClock 1700000000"] = errFake }, "config", boot.CodeClock, "1970-01-01", "Network"},
+		{"ACPI table", func(m *machine) { m.acpi = append(m.acpi, ACPITable{Name: "SSDT2"}) }, "acpi", boot.CodeACPI, "not expected: SSDT2;", "Firewall"},
+		{"ACPI table of bytecode", func(m *machine) {
+			m.cfg.ACPITables = []string{"SSDT"}
+			m.acpi = append(m.acpi, ACPITable{Name: "dynamic/SSDT1"})
+		}, "acpi", boot.CodeACPI, "dynamic/SSDT1", "Firewall"},
+		{"no ACPI tables", func(m *machine) { m.fail["ACPITables"] = errFake }, "acpi", boot.CodeACPI, "no luck", "Firewall"},
+		{"no lockdown", func(m *machine) { m.mode = "none" }, "modules", boot.CodeModules, "kernel's lockdown is", "Firewall"},
 		{"module", func(m *machine) { m.fail["LoadModule /lib/modules/6.12/kernel/dm_mod.ko"] = errFake }, "modules", boot.CodeModules, "dm_mod.ko: no luck", "Network"},
 		{"load list", func(m *machine) { m.load = "/bin/sh\n" }, "modules", boot.CodeModules, "/bin/sh", "LoadModule"},
 		{"sysctl", func(m *machine) { m.fail["Sysctl kernel/modules_disabled=1"] = errFake }, "modules", boot.CodeModules, "no luck", "Network"},
+		{"no GPU", func(m *machine) {
+			m.cfg.GPU = &guestconfig.GPU{Mode: guestconfig.GPULocal, OCSP: "off"}
+			m.driver = "/lib/modules/6.12/nvidia.ko\n"
+			m.fail["LoadModule /newroot/lib/modules/6.12/nvidia.ko"] = syscall.ENODEV
+		}, "driver", boot.CodeGPU, "the VM has no NVIDIA GPU", "SwitchRoot"},
+		{"no lockdown", func(m *machine) {
+			m.cfg.GPU = &guestconfig.GPU{Mode: guestconfig.GPULocal, OCSP: "off"}
+			m.fail["Lockdown"] = errFake
+		}, "driver", boot.CodeGPU, "no luck", "SwitchRoot"},
 		{"no platform", func(m *machine) { m.fail["Evidence "+evidence.Platform+" snp"] = evidence.ErrPlatform }, "evidence", boot.CodeEvidence, "platform", "Firewall"},
 		{"no report", func(m *machine) { m.source.err = errFake }, "evidence", boot.CodeEvidence, "no luck", "Firewall"},
 		{"debug policy", func(m *machine) { m.source.report.Policy |= 1 << 19 }, "evidence", boot.CodeEvidence, "debug", "Firewall"},
@@ -324,7 +416,7 @@ func TestFailures(t *testing.T) {
 		{"mount root", func(m *machine) { m.fail["MountRoot /dev/dm-1"] = errFake }, "verity", boot.CodeVerity, "no luck", "Linear"},
 		{"scratch", func(m *machine) { m.fail["Linear scratch /dev/dm-0 8388608 16777216"] = errFake }, "root", boot.CodeRoot, "no luck", "SwitchRoot"},
 		{"handover", func(m *machine) { m.fail["WriteFile /run/coffer/handover.json"] = errFake }, "root", boot.CodeRoot, "no luck", "SwitchRoot"},
-		{"switch", func(m *machine) { m.fail["SwitchRoot /bin/agent"] = errFake }, "root", boot.CodeRoot, "no luck", "nothing"},
+		{"switch", func(m *machine) { m.fail["SwitchRoot /proc/self/exe"] = errFake }, "root", boot.CodeRoot, "no luck", "nothing"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
 			m := newMachine()

@@ -11,6 +11,7 @@ import (
 	"net/netip"
 	"os"
 	"path/filepath"
+	"strings"
 	"time"
 
 	"github.com/anatol/devmapper.go"
@@ -33,13 +34,16 @@ func System() Deps {
 		WriteFile:  writeFile,
 		Now:        time.Now,
 		SetClock:   setClock,
+		ACPITables: acpiTablesOfKernel,
 		LoadModule: loadModule,
 		MountTSM:   mountTSM,
 		Sysctl:     sysctl,
+		Lockdown:   lockdown,
+		KernelLog:  kernelLog,
 		Evidence:   evidence.Open,
 		Firewall:   firewall.Apply,
 		Network:    netup.Configure,
-		Lookup:     lookup,
+		Lookup:     netup.Lookup,
 		FetchKey:   fetchKey,
 		OpenDisk:   openDisk,
 		OpenVerity: openVerity,
@@ -67,6 +71,10 @@ func mountEarly() error {
 		if err := mountAt(m.fs, m.fs, m.at, m.flags, m.data); err != nil {
 			return err
 		}
+	}
+	// No core dump of a program that holds the key.
+	if err := unix.Setrlimit(unix.RLIMIT_CORE, &unix.Rlimit{}); err != nil {
+		return fmt.Errorf("limit core: %w", err)
 	}
 	// Our own resolver reads the files that the agent will be left with.
 	if err := os.MkdirAll("/etc", 0o755); err != nil {
@@ -96,7 +104,14 @@ func mountRoot(dev string) error {
 	if err := mountAt(dev, "erofs", newRoot, flags, ""); err != nil {
 		return err
 	}
-	return mountAt(newRoot+guestconfig.ProgramsPath, "erofs", newRoot+"/bin", flags, "")
+	if err := mountAt(newRoot+guestconfig.ProgramsPath, "erofs", newRoot+"/bin", flags, ""); err != nil {
+		return err
+	}
+	err := unix.Mount(newRoot+guestconfig.NVIDIAPath, newRoot+"/usr", "erofs", flags, "")
+	if err != nil && !errors.Is(err, unix.ENOENT) {
+		return fmt.Errorf("mount the driver at /usr: %w", err)
+	}
+	return nil
 }
 
 func readFile(path string, limit int64) ([]byte, error) {
@@ -130,20 +145,22 @@ func setClock(t time.Time) error {
 	return unix.ClockSettime(unix.CLOCK_REALTIME, &ts)
 }
 
-func loadModule(path string) error {
+func loadModule(path, params string) error {
 	f, err := os.Open(path)
 	if err != nil {
 		return err
 	}
 	defer f.Close()
-	if err := unix.FinitModule(int(f.Fd()), "", 0); err != nil && !errors.Is(err, unix.EEXIST) {
+	if err := unix.FinitModule(int(f.Fd()), params, 0); err != nil && !errors.Is(err, unix.EEXIST) {
 		return err
 	}
 	return nil
 }
 
-func sysctl(name, value string) error {
-	f, err := os.OpenFile("/proc/sys/"+name, os.O_WRONLY, 0)
+func sysctl(name, value string) error { return writeExisting("/proc/sys/"+name, value) }
+
+func writeExisting(path, value string) error {
+	f, err := os.OpenFile(path, os.O_WRONLY, 0)
 	if err != nil {
 		return err
 	}
@@ -151,11 +168,40 @@ func sysctl(name, value string) error {
 	return errors.Join(err, f.Close())
 }
 
-func lookup(ctx context.Context, host string) ([]netip.Addr, error) {
-	if a, err := netip.ParseAddr(host); err == nil {
-		return []netip.Addr{a}, nil
+// lockdown keeps even root from the kernel's memory and from unsigned code. The
+// kernel names its modes so: "none [integrity] confidentiality".
+func lockdown() (mode string, err error) {
+	const dir, file = "/sys/kernel/security", "/sys/kernel/security/lockdown"
+	if err := mountAt("securityfs", "securityfs", dir, unix.MS_NOSUID|unix.MS_NODEV|unix.MS_NOEXEC, ""); err != nil {
+		return "", err
 	}
-	return net.DefaultResolver.LookupNetIP(ctx, "ip", host)
+	defer func() { err = errors.Join(err, unix.Unmount(dir, 0)) }()
+	text, err := readFile(file, 256)
+	if err == nil && strings.HasPrefix(string(text), "[none]") {
+		if err = writeExisting(file, "integrity"); err == nil {
+			text, err = readFile(file, 256)
+		}
+	}
+	if err != nil {
+		return "", fmt.Errorf("the kernel's lockdown: %w", err)
+	}
+	_, rest, _ := strings.Cut(string(text), "[")
+	mode, _, _ = strings.Cut(rest, "]")
+	return mode, nil
+}
+
+// kernelLog is as much of the kernel's log as it keeps, a record a line.
+func kernelLog() (string, error) {
+	const readAll, size = 3, 10 // SYSLOG_ACTION_...
+	n, err := unix.Klogctl(size, nil)
+	if err != nil {
+		return "", fmt.Errorf("read the kernel's log: %w", err)
+	}
+	b := make([]byte, n)
+	if n, err = unix.Klogctl(readAll, b); err != nil {
+		return "", fmt.Errorf("read the kernel's log: %w", err)
+	}
+	return string(b[:n]), nil
 }
 
 func fetchKey(ctx context.Context, kbs guestconfig.KBS, peers []netip.AddrPort, a kbsclient.Attester) ([]byte, error) {

@@ -29,8 +29,11 @@ const (
 	CodeInternal       Code = "E_INTERNAL"        // a defect of Coffer itself, or a panic
 	CodeTimeout        Code = "E_TIMEOUT"         // the phase's deadline passed
 	CodeConfig         Code = "E_CONFIG"          // the guest config is missing or invalid
+	CodeACPI           Code = "E_ACPI"            // the host gives ACPI tables that are not expected
 	CodeModules        Code = "E_MODULES"         // a kernel module did not load
 	CodeEvidence       Code = "E_EVIDENCE"        // the platform gives no attestation report
+	CodeVMPCK          Code = "E_VMPCK"           // the guest's key to the firmware is disabled
+	CodeNoDevice       Code = "E_NO_DEVICE"       // the platform's attestation device is not there
 	CodeClock          Code = "E_CLOCK"           // the clock stands where it cannot be
 	CodeFirewall       Code = "E_FIREWALL"        // nftables refused the rules
 	CodeNetwork        Code = "E_NETWORK"         // no link, no address
@@ -52,6 +55,7 @@ const (
 	CodeImage          Code = "E_IMAGE"           // the image cannot be imported
 	CodeWorkload       Code = "E_WORKLOAD"        // the container cannot be started
 	CodeGPU            Code = "E_GPU"             // a GPU or its driver failed attestation
+	CodeVault          Code = "E_VAULT"           // /vault does not open with the key that the KBS has for it
 	CodeAttestation    Code = "E_ATTESTATION"     // an attestation round failed and the action is shutdown
 )
 

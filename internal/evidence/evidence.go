@@ -12,6 +12,7 @@ package evidence
 import (
 	"bytes"
 	"context"
+	"crypto/x509"
 	"encoding/base64"
 	"encoding/json"
 	"errors"
@@ -32,6 +33,11 @@ var (
 	ErrPlatform = errors.New("this build has no evidence source for the platform")
 	// ErrNoReport is returned by Report where the TEE has no hardware report.
 	ErrNoReport = errors.New("the sample TEE has no attestation report")
+	// ErrNoDevice means that the platform's device is not there, or no more.
+	ErrNoDevice = errors.New("no attestation device")
+	// ErrKeyDisabled means that the kernel has given up the guest's key to the
+	// firmware for good, to keep it from being used twice.
+	ErrKeyDisabled = errors.New("the guest's key to the firmware (VMPCK) is disabled until it is started anew")
 	// ErrReport is wrapped by the error about a report that is not an answer
 	// to the request.
 	ErrReport = errors.New("attestation report does not answer the request")
@@ -60,6 +66,38 @@ type source struct {
 	fetch     fetch
 	derive    func(KeyRequest) ([]byte, error) // nil: cannot
 	busy      chan struct{}                    // holds one token while a fetch or derive runs
+	carried   []*x509.Certificate
+}
+
+// Carry gives a source certificates of chips, in DER: where one of them has signed
+// a report, it takes the place of what the host says. It is called before the
+// source is used. A source of another package has no use for them.
+func Carry(s Source, certs [][]byte) error {
+	own, ok := s.(*source)
+	for _, der := range certs {
+		c, err := x509.ParseCertificate(der)
+		if err != nil {
+			return fmt.Errorf("certificate of a chip: %w", err)
+		}
+		if ok {
+			own.carried = append(own.carried, c)
+		}
+	}
+	return nil
+}
+
+// table is the certificate table for a report to which the host gave one.
+func (s *source) table(report, host []byte) []byte {
+	r, err := snp.ParseReport(report)
+	if err != nil {
+		return host
+	}
+	for _, c := range s.carried {
+		if r.SignedBy(c) {
+			return snp.MarshalCertTable([]snp.Cert{{Type: snp.VCEK, Data: c.Raw}})
+		}
+	}
+	return host
 }
 
 func newSource(tee string, simulated bool, f fetch) *source {
@@ -99,7 +137,7 @@ func (s *source) Report(ctx context.Context, reportData [64]byte, vmpl int) ([]b
 		if a.err != nil {
 			return nil, nil, fmt.Errorf("attestation report at VMPL %d: %w", vmpl, a.err)
 		}
-		return a.report, a.certs, nil
+		return a.report, s.table(a.report, a.certs), nil
 	case <-ctx.Done():
 		return nil, nil, fmt.Errorf("attestation report at VMPL %d: no answer: %w", vmpl, ctx.Err())
 	}

@@ -16,6 +16,7 @@ import (
 	"time"
 
 	"coffer/internal/snp"
+	"coffer/test/simsnp"
 )
 
 // answerTo makes a report that answers a request.
@@ -217,4 +218,55 @@ func TestOpen(t *testing.T) {
 			}
 		}
 	}
+}
+
+// TestCarry: a certificate that was carried takes the place of the host's where it
+// signed the report, and nowhere else.
+func TestCarry(t *testing.T) {
+	chip, other := newChip(t), newChip(t)
+	vcek := func(c *simsnp.Chip) []byte {
+		for _, cert := range c.Certs() {
+			if cert.Type == snp.VCEK {
+				return cert.Data
+			}
+		}
+		t.Fatal("a chip without a certificate")
+		return nil
+	}
+	host := snp.MarshalCertTable([]snp.Cert{{Type: snp.ASK, Data: bytes.Repeat([]byte{1}, 40)}})
+	for _, tc := range []struct {
+		name    string
+		carried [][]byte
+		want    []byte
+	}{
+		{"none", nil, host},
+		{"of another chip", [][]byte{vcek(other)}, host},
+		{"of this chip", [][]byte{vcek(other), vcek(chip)}, snp.MarshalCertTable([]snp.Cert{{Type: snp.VCEK, Data: vcek(chip)}})},
+	} {
+		s := newSource(TEESNP, true, func(_ context.Context, data [64]byte, vmpl int) ([]byte, []byte, error) {
+			r, err := chip.Report([48]byte{1}, data, uint32(vmpl))
+			if err != nil {
+				return nil, nil, err
+			}
+			return r.Marshal(), host, nil
+		})
+		if err := Carry(s, tc.carried); err != nil {
+			t.Fatal(err)
+		}
+		if _, table, err := s.Report(t.Context(), testData, 0); err != nil || !bytes.Equal(table, tc.want) {
+			t.Errorf("%s: table %x, %v", tc.name, table, err)
+		}
+	}
+	if err := Carry(newSource(TEESNP, true, nil), [][]byte{{1}}); err == nil {
+		t.Error("no certificate was taken for one")
+	}
+}
+
+func newChip(t *testing.T) *simsnp.Chip {
+	t.Helper()
+	chip, err := simsnp.New(simsnp.Params{})
+	if err != nil {
+		t.Fatal(err)
+	}
+	return chip
 }

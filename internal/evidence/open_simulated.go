@@ -71,7 +71,7 @@ func (p port) find(ctx context.Context) (string, error) {
 		select {
 		case <-tick.C:
 		case <-ctx.Done():
-			return "", fmt.Errorf("no virtio port %s; is the simulated platform running? %w", simport.PortName, ctx.Err())
+			return "", fmt.Errorf("%w: no virtio port %s; is the simulated platform running? %w", ErrNoDevice, simport.PortName, ctx.Err())
 		}
 	}
 }

@@ -10,6 +10,8 @@ import (
 	"path/filepath"
 	"strconv"
 	"strings"
+
+	"golang.org/x/sys/unix"
 )
 
 // tsmDir is where configfs-tsm takes requests
@@ -42,7 +44,7 @@ func newTSM(dir string) tsm {
 func (t tsm) report(_ context.Context, reportData [64]byte, vmpl int) (report, certs []byte, err error) {
 	entry, err := t.mkdir()
 	if err != nil {
-		return nil, nil, fmt.Errorf("configfs-tsm has no provider, so this is no SEV-SNP guest, or sev-guest is not loaded: %w", err)
+		return nil, nil, fmt.Errorf("%w: configfs-tsm has no provider, so this is no SEV-SNP guest, or sev-guest is not loaded: %w", ErrNoDevice, err)
 	}
 	defer func() {
 		if e := t.rmdir(entry); e != nil && err == nil {
@@ -58,7 +60,11 @@ func (t tsm) report(_ context.Context, reportData [64]byte, vmpl int) (report, c
 	}
 	const writes = "2"
 
-	if report, err = readAttr(entry, "outblob", maxBlob); err != nil {
+	report, err = readAttr(entry, "outblob", maxBlob)
+	if errors.Is(err, unix.ENOTTY) { // sev-guest's answer for it
+		err = fmt.Errorf("%w: %w", ErrKeyDisabled, err)
+	}
+	if err != nil {
 		return nil, nil, err
 	}
 	// The host need not give certificates.

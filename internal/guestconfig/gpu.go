@@ -47,12 +47,17 @@ type GPU struct {
 	AllowHold       bool     `json:"allow_hold,omitempty"`   // certificates on hold
 	NRASURL         string   `json:"nras_url,omitempty"`     // https://host; "": NVIDIA's
 
+	// VaultKeyPath is the resource that opens /vault, which the KBS gives to
+	// evidence with verified GPUs alone; "": /vault is as safe as the root.
+	VaultKeyPath string `json:"vault_key_path,omitempty"`
+
 	// Roots of simulated devices, PEM; on the simulated platform alone.
 	DeviceRoot string `json:"device_root,omitempty"`
 	RIMRoot    string `json:"rim_root,omitempty"`
 }
 
-const maxGPUs = 16
+// MaxGPUs of a guest.
+const MaxGPUs = 16
 
 // faults are what is wrong with it.
 func (g *GPU) faults(platform string) (faults []string) {
@@ -65,7 +70,7 @@ func (g *GPU) faults(platform string) (faults []string) {
 		}
 	}
 	fault(slices.Contains(gpuModes, g.Mode), "mode %q is none of %s", g.Mode, strings.Join(gpuModes, ", "))
-	fault(g.Count >= 0 && g.Count <= maxGPUs, "count %d is not 0..%d", g.Count, maxGPUs)
+	fault(g.Count >= 0 && g.Count <= MaxGPUs, "count %d is not 0..%d", g.Count, MaxGPUs)
 	for _, sum := range g.RIMs {
 		b, err := hex.DecodeString(sum)
 		fault(err == nil && len(b) == 32 && sum == strings.ToLower(sum), "rims: %q is not 64 hex characters", sum)
@@ -76,6 +81,7 @@ func (g *GPU) faults(platform string) (faults []string) {
 	}
 	fault(slices.Contains([]string{"require", "allow_cached", "off"}, g.OCSP), "ocsp %q is not require, allow_cached or off", g.OCSP)
 	fault((g.OCSP == "allow_cached") == (g.OCSPMaxAge > 0), "ocsp_max_age %d: more than 0 with allow_cached, else 0", g.OCSPMaxAge)
+	fault(g.VaultKeyPath == "" || ValidResourcePath(g.VaultKeyPath) && g.Trustee(), "vault_key_path %q with mode %s: want repository/type/tag, and the KBS to judge", g.VaultKeyPath, g.Mode)
 	fault(platform == PlatformSimulated || g.DeviceRoot == "" && g.RIMRoot == "", "device_root and rim_root are for the simulated platform")
 	return faults
 }

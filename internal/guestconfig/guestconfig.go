@@ -9,6 +9,7 @@ package guestconfig
 
 import (
 	"bytes"
+	"crypto/x509"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -37,6 +38,9 @@ const (
 	InitrdPath = "etc/coffer/guest.json"
 	// ProgramsPath is the EROFS, in the verity root, that becomes its /bin.
 	ProgramsPath = "/programs.erofs"
+	// NVIDIAPath is the EROFS, in the verity root of a guest with a driver, that
+	// becomes its /usr.
+	NVIDIAPath = "/nvidia.erofs"
 	// AgentPath is the program that init hands over to, in the verity root.
 	AgentPath = "/bin/agent"
 	// HandoverPath is where init leaves a Handover for the agent.
@@ -62,6 +66,9 @@ const (
 	ActionStopJob  = "stop_job"
 	ActionShutdown = "shutdown"
 	ActionLog      = "log"
+	// ActionGPUDisable takes the GPUs' leave to work back, until the guest restarts;
+	// the workload goes on.
+	ActionGPUDisable = "gpu_disable"
 )
 
 // How much of user_config the guest vouches for. The host can write to that drive.
@@ -88,6 +95,10 @@ type Config struct {
 	Peers       Peers       `json:"peers,omitzero"`
 	API         API         `json:"api,omitzero"`
 	GPU         *GPU        `json:"gpu,omitempty"`
+	VCEKs       [][]byte    `json:"vceks,omitempty"` // certificates of chips, DER, for hosts that give none
+	// ACPITables are signatures of tables that the host may give, besides those
+	// that every q35 machine has.
+	ACPITables []string `json:"acpi_tables,omitempty"`
 }
 
 // Peers is what the workload's snpguest accepts of other CVMs' reports, beyond
@@ -181,16 +192,20 @@ type Attestation struct {
 
 // Workload is how the container runs.
 type Workload struct {
-	ImageName   string   `json:"image_name"`     // name of the image in ImageMetaPath's index
-	ImageDigest string   `json:"image_digest"`   // sha256:<hex> of the manifest
-	Args        []string `json:"args,omitempty"` // replaces the image's Cmd, not its entry point
-	Env         []string `json:"env,omitempty"`  // added to the image's, NAME=value
-	MemoryMiB   int64    `json:"memory_mib"`     // 0: no limit of its own
+	ImageName   string   `json:"image_name"`            // name of the image in ImageMetaPath's index
+	ImageDigest string   `json:"image_digest"`          // sha256:<hex> of the manifest
+	Args        []string `json:"args,omitempty"`        // replaces the image's Cmd, not its entry point
+	Env         []string `json:"env,omitempty"`         // added to the image's, NAME=value
+	MemoryMiB   int64    `json:"memory_mib"`            // 0: no limit of its own
+	CPUPercent  int64    `json:"cpu_percent,omitempty"` // of one vCPU; 0: no limit of its own
 	PidsMax     int64    `json:"pids_max"`
 	TmpMiB      int64    `json:"tmp_mib"`           // size of /tmp, in RAM
 	Restart     string   `json:"restart,omitempty"` // RestartNever where it is ""
 	Profile     Profile  `json:"profile,omitzero"`
 }
+
+// MaxCPUPercent is 512 vCPUs.
+const MaxCPUPercent = 51200
 
 // What happens when the workload ends by itself.
 const (
@@ -333,11 +348,16 @@ var (
 	cvmID    = regexp.MustCompile(`^cvm_[0-9a-f]{12}$`)
 	resource = regexp.MustCompile(`^[a-zA-Z0-9_-][a-zA-Z0-9_.-]*/[a-zA-Z0-9_-][a-zA-Z0-9_.-]*/[a-zA-Z0-9_-][a-zA-Z0-9_.-]*$`)
 	digest   = regexp.MustCompile(`^sha256:[0-9a-f]{64}$`)
+	acpiName = regexp.MustCompile(`^[A-Z0-9_]{4}$`)
 	hostName = regexp.MustCompile(`^[a-zA-Z0-9]([a-zA-Z0-9._-]{0,252})$`)
 )
 
-// FeatureNFS names what NFS needs, in the load list of the initrd's modules.
-const FeatureNFS = "nfs"
+// What guests that have NFS or GPUs need, as the load list of the initrd's modules
+// calls it.
+const (
+	FeatureNFS = "nfs"
+	FeatureGPU = "gpu"
+)
 
 // NFS reports whether the guest may mount NFS: the port is open to it. Its
 // kernel modules are loaded only then.
@@ -345,7 +365,12 @@ func (c *Config) NFS() bool {
 	return slices.Contains(c.Network.AllowedOutPorts, Port{Port: 2049, Proto: "tcp"})
 }
 
-const maxResources = 64
+const (
+	maxResources = 64
+	// MaxVCEKs and MaxVCEK bound VCEKs, and one of them in bytes.
+	MaxVCEKs = 64
+	MaxVCEK  = 4 << 10
+)
 
 // faults are what is wrong with a profile.
 func (p Profile) faults() (faults []string) {
@@ -374,6 +399,9 @@ func (p Profile) faults() (faults []string) {
 
 // ValidCVMID reports whether id has the form cvm_<12 lower-case hex>.
 func ValidCVMID(id string) bool { return cvmID.MatchString(id) }
+
+// ValidACPITable reports whether name is the signature of an ACPI table.
+func ValidACPITable(name string) bool { return acpiName.MatchString(name) }
 
 // ValidHostName reports whether name can stand in /etc/hosts.
 func ValidHostName(name string) bool { return hostName.MatchString(name) }
@@ -447,7 +475,8 @@ func (c *Config) Validate() error {
 	a := &c.Attestation
 	check(a.CheckFrequency >= 1 && a.CheckFrequency <= 86400, "attestation.check_frequency %d is not 1..86400 seconds", a.CheckFrequency)
 	check(a.MaxStaleness >= a.CheckFrequency && a.MaxStaleness <= 7*86400, "attestation.max_staleness %d is not check_frequency..604800 seconds", a.MaxStaleness)
-	check(slices.Contains([]string{ActionStopJob, ActionShutdown, ActionLog}, a.FailureAction), "attestation.failure_action %q is not stop_job, shutdown or log", a.FailureAction)
+	check(slices.Contains([]string{ActionStopJob, ActionShutdown, ActionLog, ActionGPUDisable}, a.FailureAction), "attestation.failure_action %q is not stop_job, shutdown, log or gpu_disable", a.FailureAction)
+	check(a.FailureAction != ActionGPUDisable || c.GPU != nil, "attestation.failure_action gpu_disable without gpu")
 
 	w := &c.Workload
 	check(w.ImageName != "" && len(w.ImageName) < 512, "workload.image_name is missing or too long")
@@ -469,16 +498,25 @@ func (c *Config) Validate() error {
 	for _, m := range c.Peers.Measurements {
 		check(isHex(m, 48), "peers.measurements: %q is not 96 hex characters", m)
 	}
+	check(len(c.VCEKs) <= MaxVCEKs, "vceks: %d, at most %d", len(c.VCEKs), MaxVCEKs)
+	for i, der := range c.VCEKs {
+		_, err := x509.ParseCertificate(der)
+		check(err == nil && len(der) <= MaxVCEK, "vceks[%d] is no certificate of at most %d bytes", i, MaxVCEK)
+	}
 	check(len(c.API.Resources) <= maxResources, "api.resources: %d, at most %d", len(c.API.Resources), maxResources)
 	for _, r := range c.API.Resources {
 		check(resource.MatchString(r), "api.resources: %q is not repository/type/tag", r)
 		check(path.Dir(r) != path.Dir(c.KBS.KeyPath) && r != c.KBS.CanaryPath, "api.resources: %q: the workload gets no disk's key and no canary", r)
 	}
+	for _, t := range c.ACPITables {
+		check(ValidACPITable(t), "acpi_tables: %q is not a table's signature", t)
+	}
 	if c.API.KDS != "" {
 		u, err := url.Parse(c.API.KDS)
 		check(err == nil && u.Scheme == "https" && u.Host != "" && u.User == nil && u.Path == "" && u.RawQuery == "", "api.kds %q is not https://host", c.API.KDS)
 	}
-	check(w.MemoryMiB >= 0 && w.PidsMax > 0 && w.TmpMiB > 0, "workload: memory_mib, pids_max or tmp_mib is out of range")
+	check(w.MemoryMiB >= 0 && w.CPUPercent >= 0 && w.CPUPercent <= MaxCPUPercent && w.PidsMax > 0 && w.TmpMiB > 0,
+		"workload: memory_mib, cpu_percent, pids_max or tmp_mib is out of range")
 
 	uc := &c.UserConfig
 	switch uc.Integrity {

@@ -82,7 +82,8 @@ func TestValidate(t *testing.T) {
 		"integrity is off":        func(c *Config) { c.UserConfig.Integrity = IntegrityOff },
 		"files is empty":          func(c *Config) { c.UserConfig = UserConfig{Integrity: IntegrityRequired} },
 		"files: path \"../a\"":    func(c *Config) { c.UserConfig.Files[0].Path = "../a" },
-		"memory_mib, pids_max":    func(c *Config) { c.Workload.PidsMax = 0 },
+		"cpu_percent, pids_max":   func(c *Config) { c.Workload.PidsMax = 0 },
+		"memory_mib, cpu_percent": func(c *Config) { c.Workload.CPUPercent = MaxCPUPercent + 1 },
 	} {
 		c := valid()
 		change(c)

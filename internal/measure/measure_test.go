@@ -16,6 +16,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"testing"
@@ -331,59 +332,83 @@ func TestHashFile(t *testing.T) {
 	}
 }
 
-// sev-snp-measure of the virtee project computes the same digests from files, for
-// inputs made anew in each run.
-func TestOracleSevSnpMeasure(t *testing.T) {
-	tool, err := exec.LookPath("sev-snp-measure")
-	if err != nil {
-		t.Skip("optional (make test-oracles): sev-snp-measure of PyPI is not installed")
+// Other programs compute the same digests from files, for inputs made anew in
+// each run: sev-snp-measure of PyPI, and virtee's own snpguest.
+func TestOracles(t *testing.T) {
+	for name, o := range map[string]struct {
+		program string
+		args    []string
+		like    func(in *Input) // makes an input one that the program understands as QEMU does
+	}{
+		"sev-snp-measure": {"sev-snp-measure", []string{"--mode", "snp"}, func(*Input) {}},
+		"snpguest": {os.Getenv("COFFER_SNPGUEST_ORACLE"), []string{"generate", "measurement"}, func(in *Input) {
+			in.Cmdline = strings.TrimSpace(in.Cmdline) // which it does to any
+			if in.CPU == "EPYC-Turin" {                // which it does not know
+				in.CPU = "EPYC-Genoa"
+			}
+		}},
+	} {
+		t.Run(name, func(t *testing.T) {
+			tool, err := exec.LookPath(o.program)
+			if err != nil {
+				t.Skip("optional, for `make test-oracles`: it is not installed")
+			}
+			for i := range 16 {
+				in, files := randomInput(t, i)
+				o.like(&in)
+				args := append(slices.Clone(o.args), "--vcpu-type", in.CPU, "--vcpus", strconv.Itoa(in.VCPUs), "--append="+in.Cmdline, "--guest-features", fmt.Sprintf("%#x", in.GuestFeatures))
+				out, err := exec.CommandContext(t.Context(), tool, append(args, files...)...).CombinedOutput()
+				if err != nil {
+					t.Fatalf("%q: %v: %s", args, err, out)
+				}
+				r, err := Digest(in)
+				if err != nil {
+					t.Fatal(err)
+				}
+				if got, want := hex.EncodeToString(r.LaunchDigest[:]), strings.TrimPrefix(strings.TrimSpace(string(out)), "0x"); got != want {
+					t.Errorf("%q: launch digest %s, it says %s", args, got, want)
+				}
+			}
+		})
 	}
-	synthetic := load(t).synthetic(t)
-	models := CPUModels()
-	for i := range 16 {
-		dir := t.TempDir()
-		bytesOf := func(n int) []byte {
-			b := make([]byte, n)
-			rand.Read(b)
-			return b
-		}
-		ovmf := bytes.Clone(synthetic)
-		copy(ovmf, bytesOf(64))
-		if path := os.Getenv("COFFER_TEST_OVMF"); path != "" && i%4 == 0 {
-			if ovmf, err = os.ReadFile(path); err != nil {
-				t.Fatal(err)
-			}
-		}
-		n, pick := bytesOf(5), func(b byte, s []string) string { return s[int(b)%len(s)] }
-		kernel, initrd := bytesOf(1+int(n[0])*7), bytesOf(int(n[1])*5)
-		in := Input{OVMF: ovmf, HasKernel: true, Kernel: sha256.Sum256(kernel), HasInitrd: i%5 != 1, VCPUs: 1 + int(n[2])%64, CPU: pick(n[3], models)}
-		in.Cmdline = pick(n[4], []string{"", " ", "quiet", "a  b ", "vm_id=cvm_" + hex.EncodeToString(n), `x="y z" '$HOME'`, "n\u00e4h\n"})
-		in.GuestFeatures = []uint64{0x1, 0x21, 0x201}[i%3]
-		args := []string{"--mode", "snp", "--vcpus", strconv.Itoa(in.VCPUs), "--vcpu-type", in.CPU, "--append", in.Cmdline, "--guest-features", fmt.Sprintf("%#x", in.GuestFeatures)}
-		for name, b := range map[string][]byte{"ovmf": ovmf, "kernel": kernel, "initrd": initrd} {
-			path := filepath.Join(dir, name)
-			if err := os.WriteFile(path, b, 0o600); err != nil {
-				t.Fatal(err)
-			}
-			if name != "initrd" || in.HasInitrd {
-				args = append(args, "--"+name, path)
-			}
-		}
-		if in.HasInitrd {
-			in.Initrd = sha256.Sum256(initrd)
-		}
-		out, err := exec.CommandContext(t.Context(), tool, args...).CombinedOutput()
-		if err != nil {
-			t.Fatalf("%v: %v: %s", args, err, out)
-		}
-		r, err := Digest(in)
-		if err != nil {
+}
+
+// randomInput makes the i-th input, and the options that name its files.
+func randomInput(t *testing.T, i int) (in Input, files []string) {
+	bytesOf := func(n int) []byte {
+		b := make([]byte, n)
+		rand.Read(b)
+		return b
+	}
+	n, pick := bytesOf(5), func(b byte, s []string) string { return s[int(b)%len(s)] }
+	in = Input{
+		OVMF: bytes.Clone(load(t).synthetic(t)), HasKernel: true, HasInitrd: i%5 != 1, VCPUs: 1 + int(n[2])%64, CPU: pick(n[3], CPUModels()),
+		Cmdline:       pick(n[4], []string{"", " ", "quiet", "a  b ", "vm_id=cvm_" + hex.EncodeToString(n), `x="y z" '$HOME'`, "n\u00e4h\n"}),
+		GuestFeatures: []uint64{0x1, 0x21, 0x201}[i%3],
+	}
+	copy(in.OVMF, bytesOf(64))
+	if path := os.Getenv("COFFER_TEST_OVMF"); path != "" && i%4 == 0 {
+		var err error
+		if in.OVMF, err = os.ReadFile(path); err != nil {
 			t.Fatal(err)
 		}
-		if got, want := hex.EncodeToString(r.LaunchDigest[:]), strings.TrimSpace(string(out)); got != want {
-			t.Errorf("%v: launch digest %s, sev-snp-measure says %s", args, got, want)
+	}
+	kernel, initrd := bytesOf(1+int(n[0])*7), bytesOf(int(n[1])*5)
+	in.Kernel = sha256.Sum256(kernel)
+	dir := t.TempDir()
+	for name, b := range map[string][]byte{"ovmf": in.OVMF, "kernel": kernel, "initrd": initrd} {
+		path := filepath.Join(dir, name)
+		if err := os.WriteFile(path, b, 0o600); err != nil {
+			t.Fatal(err)
+		}
+		if name != "initrd" || in.HasInitrd {
+			files = append(files, "--"+name, path)
 		}
 	}
+	if in.HasInitrd {
+		in.Initrd = sha256.Sum256(initrd)
+	}
+	return in, files
 }
 
 func FuzzParseOVMF(f *testing.F) {

@@ -55,6 +55,14 @@ func Configure(ctx context.Context, static *guestconfig.Static) (*Network, error
 	return configure(ctx, static, ethernet)
 }
 
+// Lookup resolves a host name with the resolvers of Network, or reads an address.
+func Lookup(ctx context.Context, host string) ([]netip.Addr, error) {
+	if a, err := netip.ParseAddr(host); err == nil {
+		return []netip.Addr{a}, nil
+	}
+	return net.DefaultResolver.LookupNetIP(ctx, "ip", host)
+}
+
 // configure takes the interface that card returns; nil means that none is there yet.
 func configure(ctx context.Context, static *guestconfig.Static, card func() (netlink.Link, error)) (*Network, error) {
 	lo, err := netlink.LinkByName("lo")

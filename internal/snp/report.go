@@ -10,9 +10,14 @@
 package snp
 
 import (
+	"crypto/ecdsa"
+	"crypto/sha512"
+	"crypto/x509"
 	"encoding/binary"
 	"errors"
 	"fmt"
+	"math/big"
+	"slices"
 )
 
 // ReportSize is the size of an attestation report in bytes.
@@ -170,6 +175,19 @@ func (r *Report) SigningKey() uint32 { return r.KeyInfo >> 2 & 7 }
 // MaskChipKey reports that the host turned signing off: such a report carries
 // no signature.
 func (r *Report) MaskChipKey() bool { return r.KeyInfo&2 != 0 }
+
+// SignedBy reports whether the certificate's key signed the report. Whether the
+// certificate is worth anything is another question.
+func (r *Report) SignedBy(vek *x509.Certificate) bool {
+	key, ok := vek.PublicKey.(*ecdsa.PublicKey)
+	digest := sha512.Sum384(r.Marshal()[:SignedSize])
+	return ok && ecdsa.Verify(key, digest[:], leInt(r.SignatureR), leInt(r.SignatureS))
+}
+
+func leInt(b [72]byte) *big.Int {
+	slices.Reverse(b[:])
+	return new(big.Int).SetBytes(b[:])
+}
 
 // Product names the CPU's product line: "Milan", "Genoa" or "Turin". AMD keeps
 // one set of signing roots for each. Bergamo and Siena belong to Genoa.

@@ -2,13 +2,11 @@ package snpguest_test
 
 import (
 	"bytes"
-	"compress/gzip"
 	"encoding/base64"
 	"encoding/binary"
 	"encoding/json"
 	"encoding/pem"
 	"fmt"
-	"io"
 	"math/rand/v2"
 	"os"
 	"os/exec"
@@ -22,6 +20,7 @@ import (
 	"coffer/internal/snp"
 	"coffer/internal/snp/verify"
 	"coffer/internal/snpguest"
+	"coffer/test/fakebase"
 	"coffer/test/simsnp"
 )
 
@@ -79,7 +78,7 @@ func fixtures(t *testing.T, testdata string) {
 		}
 		write(t, name, b)
 	}
-	write(t, "ovmf", syntheticOVMF(t, filepath.Join(testdata, "../../../internal/measure/testdata/vectors.json")))
+	write(t, "ovmf", fakebase.OVMF(t))
 	write(t, "kernel", []byte("a kernel"))
 	write(t, "initrd", []byte("an initrd"))
 	write(t, "empty", nil)
@@ -95,41 +94,6 @@ func write(t *testing.T, name string, data []byte) {
 	if err := os.WriteFile(name, data, 0o600); err != nil {
 		t.Fatal(err)
 	}
-}
-
-func syntheticOVMF(t *testing.T, vectors string) []byte {
-	t.Helper()
-	text, err := os.ReadFile(vectors)
-	if err != nil {
-		t.Fatal(err)
-	}
-	var v struct {
-		Inputs struct {
-			Synthetic map[string]any `json:"synthetic"`
-		} `json:"inputs"`
-	}
-	if err := json.Unmarshal(text, &v); err != nil {
-		t.Fatal(err)
-	}
-	for name, value := range v.Inputs.Synthetic {
-		if s, ok := value.(string); ok && strings.Contains(name, "ovmf") && strings.Contains(name, "gz") {
-			packed, err := base64.StdEncoding.DecodeString(s)
-			if err != nil {
-				t.Fatal(err)
-			}
-			r, err := gzip.NewReader(bytes.NewReader(packed))
-			if err != nil {
-				t.Fatal(err)
-			}
-			b, err := io.ReadAll(r)
-			if err != nil {
-				t.Fatal(err)
-			}
-			return b
-		}
-	}
-	t.Fatal("no synthetic firmware in the vectors")
-	return nil
 }
 
 type generated struct {

@@ -5,15 +5,17 @@
 //
 // The floor is what the same machine needs for the part that nobody can avoid:
 // decompressing and hashing the archive, booting the kernel, a TLS round trip.
-// build_memory's is the limit that was set.
+// build_memory's and those of processor time are the limits that were set.
 //
 // BENCH_ARCHIVE in the environment is the size in MiB of the archive that is built
 // from, 2048 without it.
 package main
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
+	"errors"
 	"flag"
 	"fmt"
 	"io"
@@ -39,7 +41,7 @@ func main() {
 	bin := flag.String("bin", "bin", "folder of the built programs")
 	base := flag.String("base", "build/base/simulated", "a simulated guest base")
 	runs := flag.Int("runs", 3, "runs of each figure; the median counts")
-	only := flag.String("only", "", "figures of one part: kbs or build")
+	only := flag.String("only", "", "figures of one part: kbs, gpu, build or guest")
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
@@ -73,7 +75,12 @@ func run(ctx context.Context, bin, base string, runs int, only string) error {
 		return err
 	}
 	env := &harness.Env{Bin: bin, Base: base, Dir: dir, Log: io.Discard}
-	if only != "build" {
+	if only == "" || only == "gpu" {
+		if err := gpuFigures(env); err != nil || only == "gpu" {
+			return err
+		}
+	}
+	if only == "" || only == "kbs" {
 		if err := kbsbench.Run(ctx, env, figure); err != nil || only == "kbs" {
 			return err
 		}
@@ -96,16 +103,21 @@ func run(ctx context.Context, bin, base string, runs int, only string) error {
 		return err
 	}
 	b := &bench{env: env, kbs: kbs, settings: settings, archive: archive, runs: runs}
-	figures := []func(context.Context) error{b.build, b.sizes, b.boot}
-	if only == "build" {
-		figures = figures[:2]
-	}
-	for _, f := range figures {
-		if err := f(ctx); err != nil {
+	if only != "guest" {
+		if err := b.build(ctx); err != nil {
 			return err
 		}
 	}
-	return nil
+	if b.bundle, err = b.small(ctx, 1); err != nil {
+		return err
+	}
+	if err := b.sizes(ctx); err != nil || only == "build" {
+		return err
+	}
+	if err := b.boot(ctx); err != nil {
+		return err
+	}
+	return b.idle(ctx)
 }
 
 type bench struct {
@@ -115,7 +127,7 @@ type bench struct {
 	archive  string
 	runs     int
 
-	bundle  *harness.Bundle // of the last build
+	bundle  *harness.Bundle // with a round a second
 	idleRSS float64         // KiB
 }
 
@@ -126,8 +138,7 @@ func median(s []float64) float64 {
 }
 
 // build makes bundles of a large archive, without and with its layers in the
-// cache, and compares with decompressing and hashing the archive. Then it makes
-// the small one that the other figures are about.
+// cache, and compares with decompressing and hashing the archive.
 func (b *bench) build(ctx context.Context) error {
 	size := int64(2 << 30)
 	if v := os.Getenv("BENCH_ARCHIVE"); v != "" {
@@ -146,7 +157,7 @@ func (b *bench) build(ctx context.Context) error {
 		return err
 	}
 	var first, second, floors []float64
-	var rss int64
+	var memory float64
 	for range b.runs {
 		if err := os.RemoveAll(b.kbs.Cache()); err != nil {
 			return err
@@ -159,12 +170,12 @@ func (b *bench) build(ctx context.Context) error {
 		for _, times := range []*[]float64{&first, &second} {
 			cmd := exec.CommandContext(ctx, filepath.Join(b.env.Bin, "hostbuild"), "--settings", b.settings, "cvm", yaml)
 			t = time.Now()
-			out, err := cmd.CombinedOutput()
+			peak, err := runMeasured(cmd)
 			if err != nil {
-				return fmt.Errorf("hostbuild cvm: %w\n%s", err, out)
+				return fmt.Errorf("hostbuild cvm: %w", err)
 			}
 			*times = append(*times, time.Since(t).Seconds())
-			rss = max(rss, cmd.ProcessState.SysUsage().(*syscall.Rusage).Maxrss)
+			memory = max(memory, peak)
 			if err := os.RemoveAll(b.kbs.Bundles()); err != nil {
 				return err
 			}
@@ -172,32 +183,64 @@ func (b *bench) build(ctx context.Context) error {
 	}
 	figure("build", median(first), "s", median(floors))
 	figure("build_second", median(second), "s", median(floors))
-	figure("build_memory", float64(rss)/1024, "MiB", 256)
-	if err := os.RemoveAll(b.kbs.Cache()); err != nil {
-		return err
-	}
-	return b.small(ctx)
+	figure("build_memory", memory/1024, "MiB", 256)
+	return os.RemoveAll(b.kbs.Cache())
 }
 
-// small makes the bundle that the other figures are about.
-func (b *bench) small(ctx context.Context) error {
+// runMeasured runs a program and returns its largest resident set in KiB, up to its
+// last hundredth of a second. What wait4 tells of a child begins with the memory of
+// the process that it was forked from: this one's, which is larger.
+func runMeasured(cmd *exec.Cmd) (kib float64, err error) {
+	var out bytes.Buffer
+	cmd.Stdout, cmd.Stderr = &out, &out
+	if err := cmd.Start(); err != nil {
+		return 0, err
+	}
+	ended := make(chan error)
+	go func() { ended <- cmd.Wait() }()
+	tick := time.NewTicker(10 * time.Millisecond)
+	defer tick.Stop()
+	for {
+		select {
+		case err := <-ended:
+			if err == nil && kib == 0 {
+				err = errors.New("no VmHWM in /proc")
+			}
+			if err != nil {
+				err = fmt.Errorf("%w\n%s", err, out.Bytes())
+			}
+			return kib, err
+		case <-tick.C:
+			status, err := os.ReadFile(fmt.Sprintf("/proc/%d/status", cmd.Process.Pid))
+			_, line, found := strings.Cut(string(status), "\nVmHWM:")
+			if err == nil && found { // else it has just ended
+				fmt.Sscan(line, &kib)
+			}
+		}
+	}
+}
+
+// small makes a bundle of the small image, which the other figures are about.
+// every is the time between two attestation rounds, in seconds.
+func (b *bench) small(ctx context.Context, every int) (*harness.Bundle, error) {
 	config := filepath.Join(b.env.Dir, "config")
 	if err := os.MkdirAll(config, 0o755); err != nil {
-		return err
+		return nil, err
 	}
 	if err := os.WriteFile(filepath.Join(config, "message.txt"), []byte("bench\n"), 0o644); err != nil {
-		return err
+		return nil, err
 	}
 	yaml := filepath.Join(b.env.Dir, "CONFIG.yaml")
-	err := os.WriteFile(yaml, fmt.Appendf(nil, "root_drive_size: 4\ndocker_archive: %s\nuser_config:\n  web: %s\nallowed_ports: [%d]\ncc_attestation:\n  check_frequency: 2\n",
-		b.archive, config, debimage.Port), 0o644)
+	err := os.WriteFile(yaml, fmt.Appendf(nil, "root_drive_size: 4\ndocker_archive: %s\nuser_config:\n  web: %s\nallowed_ports: [%d]\ncc_attestation:\n  check_frequency: %d\n  max_staleness: 600\n",
+		b.archive, config, debimage.Port, every), 0o644)
 	if err != nil {
-		return err
+		return nil, err
 	}
-	if b.bundle, err = b.env.Build(ctx, b.settings, yaml); err != nil {
-		return err
+	bundle, err := b.env.Build(ctx, b.settings, yaml)
+	if err != nil {
+		return nil, err
 	}
-	return b.bundle.Unpack(ctx, filepath.Join(b.env.Dir, "site"))
+	return bundle, bundle.Unpack(ctx, filepath.Join(b.env.Dir, "site"))
 }
 
 // sizes compares with what goes in: the base initrd, the archive.
@@ -227,16 +270,24 @@ func (b *bench) sizes(context.Context) error {
 	return nil
 }
 
+// Rounds that a guest stays for once its workload runs: as many as of an hour and
+// more, a second apart; and a minute apart, for what it takes when nothing happens.
+const (
+	fewRounds  = 3
+	manyRounds = 60
+	idleRounds = 2
+)
+
 // boot compares the workload's first line with an init that does nothing, both in
-// the guest's own time since the kernel's start, and reads the agent's memory
-// from its attestation log.
+// the guest's own time since the kernel's start. The last guest stays for
+// manyRounds, so that its memory is told before and after.
 func (b *bench) boot(ctx context.Context) error {
 	idle, err := b.idleInitrd()
 	if err != nil {
 		return err
 	}
 	var boots, floors []float64
-	for range b.runs {
+	for i := range b.runs {
 		out, err := exec.CommandContext(ctx, "qemu-system-x86_64", "-machine", "q35", "-accel", "tcg,thread=single", "-cpu", "max,-erms",
 			"-smp", "2", "-m", "2048", "-nodefaults", "-no-user-config", "-no-reboot", "-display", "none", "-vga", "none",
 			"-kernel", b.bundle.File(bundle.Kernel), "-initrd", idle, "-append", "console=ttyS0 loglevel=4 panic=-1 clearcpuid=cx16", "-serial", "stdio").Output()
@@ -251,27 +302,11 @@ func (b *bench) boot(ctx context.Context) error {
 		floors = append(floors, t)
 		b.idleRSS = rss
 
-		vm, err := b.bundle.Boot("--forward", "127.0.0.1:0:"+strconv.Itoa(debimage.Port))
-		if err != nil {
-			return err
+		rounds := fewRounds
+		if i == b.runs-1 {
+			rounds = manyRounds
 		}
-		bctx, cancel := context.WithTimeout(ctx, 4*time.Minute)
-		m, err := vm.Expect(bctx, `workload first line t=([0-9.]+)`)
-		for i := 0; err == nil && i < 3; i++ { // the log's last line then tells of a working guest
-			_, err = vm.Expect(bctx, `attestation round=\d+ verdict=pass`)
-		}
-		cancel()
-		if err == nil { // in order: the drive must be whole, and QEMU must let go of it
-			vm.Stop()
-			wctx, done := context.WithTimeout(ctx, 2*time.Minute)
-			err = vm.Wait(wctx)
-			done()
-		}
-		vm.Kill()
-		if err != nil {
-			return err
-		}
-		first, err := strconv.ParseFloat(m[1], 64)
+		first, err := b.guest(ctx, b.bundle, rounds)
 		if err != nil {
 			return err
 		}
@@ -281,22 +316,103 @@ func (b *bench) boot(ctx context.Context) error {
 	return b.memory(ctx)
 }
 
-// memory compares with the idle init, a static Go program that does nothing.
+// guest boots a bundle, leaves its workload running for so many rounds and stops it
+// in order, so that its drives are whole. It returns when the workload's first line
+// came.
+func (b *bench) guest(ctx context.Context, bundle *harness.Bundle, rounds int) (first float64, err error) {
+	ctx, cancel := context.WithTimeout(ctx, 15*time.Minute)
+	defer cancel()
+	vm, err := bundle.Boot("--stop-timeout", "90", "--forward", "127.0.0.1:0:"+strconv.Itoa(debimage.Port))
+	if err != nil {
+		return 0, err
+	}
+	defer vm.Kill()
+	m, err := vm.Expect(ctx, `workload first line t=([0-9.]+)`)
+	if err != nil {
+		return 0, err
+	}
+	for range rounds {
+		if _, err := vm.Expect(ctx, `attestation round=\d+ verdict=pass`); err != nil {
+			return 0, err
+		}
+	}
+	vm.Stop()
+	if err := vm.Wait(ctx); err != nil {
+		return 0, err
+	}
+	return strconv.ParseFloat(m[1], 64)
+}
+
+// round is what the agent writes of one.
+type round struct {
+	Time     time.Time
+	Duration float64            `json:"duration_ms"`
+	RSS      map[string]float64 `json:"rss_kib"`
+	RoundCPU float64            `json:"round_cpu_ms"`
+	IdleCPU  float64            `json:"idle_cpu_ms"`
+}
+
+// rounds reads the records of a guest that is off: those of its last n rounds.
+func (b *bench) rounds(ctx context.Context, bundle *harness.Bundle, n int) ([]round, error) {
+	out, err := b.env.Run(ctx, "hostbuild", "drive", "cat", bundle.File("applog.qcow2"), "/attestation.jsonl")
+	if err != nil {
+		return nil, err
+	}
+	lines := strings.Split(strings.TrimSpace(out), "\n")
+	if len(lines) < n {
+		return nil, fmt.Errorf("attestation.jsonl holds %d rounds, want %d", len(lines), n)
+	}
+	rounds := make([]round, n)
+	for i, line := range lines[len(lines)-n:] {
+		if err := json.Unmarshal([]byte(line), &rounds[i]); err != nil {
+			return nil, err
+		}
+	}
+	return rounds, nil
+}
+
+func sum(m map[string]float64) (s float64) {
+	for _, v := range m {
+		s += v
+	}
+	return s
+}
+
+// memory compares what the first rounds of the running workload found with the idle
+// init, a static Go program that does nothing, and the last round's with those.
 func (b *bench) memory(ctx context.Context) error {
-	out, err := b.env.Run(ctx, "hostbuild", "drive", "cat", b.bundle.File(bundle.Applog), "/attestation.jsonl")
+	r, err := b.rounds(ctx, b.bundle, manyRounds)
 	if err != nil {
 		return err
 	}
-	lines := strings.Split(strings.TrimSpace(out), "\n")
-	var round struct {
-		RSS map[string]float64 `json:"rss_kib"`
+	first, last := r[fewRounds].RSS, r[len(r)-1].RSS
+	for _, name := range []string{"agent", "containerd", "shim"} {
+		figure("rss_"+name, first[name]/1024, "MiB", b.idleRSS/1024)
+		figure(fmt.Sprintf("rss_%s_after_%d_rounds", name, manyRounds), last[name]/1024, "MiB", first[name]/1024)
 	}
-	if err := json.Unmarshal([]byte(lines[len(lines)-1]), &round); err != nil {
+	figure(fmt.Sprintf("rss_all_after_%d_rounds", manyRounds), sum(last)/1024, "MiB", sum(first)/1024)
+	return nil
+}
+
+// idle is the processor time of agent, containerd and shim in a round and in the
+// minute before it, the latter in percent of one vCPU. It is that of an emulated
+// processor on a machine that may have other work: an upper bound. The floors are
+// the goals.
+func (b *bench) idle(ctx context.Context) error {
+	bundle, err := b.small(ctx, 60)
+	if err != nil {
 		return err
 	}
-	for _, name := range []string{"agent", "containerd", "shim"} {
-		figure("rss_"+name, round.RSS[name]/1024, "MiB", b.idleRSS/1024)
+	if _, err := b.guest(ctx, bundle, idleRounds); err != nil {
+		return err
 	}
+	r, err := b.rounds(ctx, bundle, 2)
+	if err != nil {
+		return err
+	}
+	between := float64(r[1].Time.Sub(r[0].Time).Milliseconds()) - r[1].Duration
+	figure("idle_cpu_tcg", 100*r[1].IdleCPU/between, "%", 0.5)
+	figure("attestation_round_cpu_tcg", r[1].RoundCPU, "ms", 50)
 	return nil
 }
 

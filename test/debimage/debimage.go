@@ -56,7 +56,7 @@ func build(ctx context.Context, archive string, hooks []string, image func(lower
 	if err := os.MkdirAll(filepath.Dir(archive), 0o755); err != nil {
 		return "", err
 	}
-	suite, mirror, err := machineSuite(ctx)
+	suite, mirror, err := MachineSuite(ctx)
 	if err != nil {
 		return "", err
 	}
@@ -88,8 +88,8 @@ func build(ctx context.Context, archive string, hooks []string, image func(lower
 	return archive, os.Rename(tmp, archive)
 }
 
-// machineSuite finds this machine's own Debian suite and where it comes from.
-func machineSuite(ctx context.Context) (suite, mirror string, err error) {
+// MachineSuite finds this machine's own Debian suite and where it comes from.
+func MachineSuite(ctx context.Context) (suite, mirror string, err error) {
 	release, err := os.ReadFile("/etc/os-release")
 	if err != nil {
 		return "", "", err

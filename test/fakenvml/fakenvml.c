@@ -1,6 +1,7 @@
 /*
  * A libnvidia-ml.so.1 without a GPU: every call asks a program on the other side
- * of the unix socket $FAKENVML_SOCKET what to answer, test/gpusim in Go. A query is
+ * of the unix socket $FAKENVML_SOCKET, or in a guest of the virtio port
+ * "coffer.gpus", what to answer, test/gpusim in Go. A query is
  * {op u8, index u32, nonce 32 bytes}, an answer {return i32, length u32, bytes},
  * all little-endian. So all behaviour, good and bad, is written in Go; here are
  * only the prototypes of NVML that gpu-helper calls.
@@ -8,7 +9,9 @@
  * gcc -shared -fPIC -o libnvidia-ml.so.1 fakenvml.c
  * -DOLD leaves out what drivers before 550 lack.
  */
+#include <fcntl.h>
 #include <stdint.h>
+#include <stdio.h>
 #include <stdlib.h>
 #include <string.h>
 #include <sys/socket.h>
@@ -33,24 +36,53 @@ static int whole(int fd, void *buf, size_t n, int writing)
 	return 1;
 }
 
+/* port opens the virtio port. */
+static int port(void)
+{
+	char path[64], name[32];
+	for (int i = 0; i < 32; i++) {
+		snprintf(path, sizeof path, "/sys/class/virtio-ports/vport%dp%d/name", i / 8, i % 8);
+		int fd = open(path, O_RDONLY | O_CLOEXEC);
+		if (fd < 0)
+			continue;
+		ssize_t n = read(fd, name, sizeof name);
+		close(fd);
+		if (n < 11 || memcmp(name, "coffer.gpus", 11))
+			continue;
+		snprintf(path, sizeof path, "/dev/vport%dp%d", i / 8, i % 8);
+		return open(path, O_RDWR | O_CLOEXEC);
+	}
+	return -1;
+}
+
+static int dial(void)
+{
+	const char *path = getenv("FAKENVML_SOCKET");
+	struct sockaddr_un addr = {.sun_family = AF_UNIX};
+	if (!path)
+		return port();
+	int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	if (strlen(path) >= sizeof addr.sun_path)
+		return -1;
+	strcpy(addr.sun_path, path);
+	if (connect(fd, (struct sockaddr *)&addr, sizeof addr))
+		return -1;
+	return fd;
+}
+
 /* ask returns the answer's return value, and writes at most size bytes of it. */
 static ret_t ask(char op, uint32_t index, const void *nonce, void *out, size_t size, uint32_t *length)
 {
 	static char rest[1 << 16];
-	const char *path = getenv("FAKENVML_SOCKET");
-	struct sockaddr_un addr = {.sun_family = AF_UNIX};
 	unsigned char query[37] = {op};
 	struct { int32_t ret; uint32_t length; } head;
 	ret_t ret = UNKNOWN;
-	int fd = socket(AF_UNIX, SOCK_STREAM | SOCK_CLOEXEC, 0);
+	int fd = dial();
 
-	if (!path || strlen(path) >= sizeof addr.sun_path)
-		return UNKNOWN;
-	strcpy(addr.sun_path, path);
 	memcpy(query + 1, &index, 4);
 	if (nonce)
 		memcpy(query + 5, nonce, 32);
-	if (!connect(fd, (struct sockaddr *)&addr, sizeof addr) && whole(fd, query, sizeof query, 1) &&
+	if (fd >= 0 && whole(fd, query, sizeof query, 1) &&
 	    whole(fd, &head, sizeof head, 0) && head.length <= sizeof rest && whole(fd, rest, head.length, 0)) {
 		ret = head.ret;
 		if (out)

@@ -26,7 +26,6 @@ type Driver struct {
 
 	mu    sync.Mutex
 	calls map[byte]int
-	hang  chan struct{}
 }
 
 // Return values that are none of NVML's.
@@ -39,7 +38,7 @@ const (
 func NewDriver(devices ...*Device) *Driver {
 	return &Driver{
 		Devices: devices, Settings: gpu.Settings{CPU: gpu.CPUSEVSNP, Environment: gpu.EnvironmentOn, Feature: 1},
-		Returns: map[byte]int{}, Bad: map[int]int{}, calls: map[byte]int{}, hang: make(chan struct{}),
+		Returns: map[byte]int{}, Bad: map[int]int{}, calls: map[byte]int{},
 	}
 }
 
@@ -59,7 +58,6 @@ func (d *Driver) Calls(op byte) int {
 
 // Serve answers until l is closed.
 func (d *Driver) Serve(l net.Listener) error {
-	defer close(d.hang)
 	for {
 		c, err := l.Accept()
 		if errors.Is(err, net.ErrClosed) {
@@ -70,18 +68,19 @@ func (d *Driver) Serve(l net.Listener) error {
 		}
 		go func() {
 			defer c.Close()
-			var query [37]byte
-			if _, err := io.ReadFull(c, query[:]); err != nil {
-				return
+			// A guest's port is one connection for all its queries.
+			for query := [37]byte{}; ; {
+				if _, err := io.ReadFull(c, query[:]); err != nil {
+					return
+				}
+				ret, answer := d.answer(query[0], int(binary.LittleEndian.Uint32(query[1:])), [32]byte(query[5:]))
+				if ret == Hang {
+					continue
+				}
+				head := binary.LittleEndian.AppendUint32(nil, uint32(ret))
+				head = binary.LittleEndian.AppendUint32(head, uint32(len(answer)))
+				c.Write(append(head, answer...))
 			}
-			ret, answer := d.answer(query[0], int(binary.LittleEndian.Uint32(query[1:])), [32]byte(query[5:]))
-			if ret == Hang {
-				<-d.hang
-				return
-			}
-			head := binary.LittleEndian.AppendUint32(nil, uint32(ret))
-			head = binary.LittleEndian.AppendUint32(head, uint32(len(answer)))
-			c.Write(append(head, answer...))
 		}()
 	}
 }

@@ -30,6 +30,7 @@ type Env struct {
 	Log  io.Writer
 
 	KBSFlags []string // more flags for `hostbuild kbs serve`
+	BootEnv  []string // more variables for launch_vm.sh, NAME=value
 
 	chipOnce sync.Once
 	chipErr  error
@@ -220,6 +221,7 @@ func (b *Bundle) Boot(args ...string) (*VM, error) {
 	cmd := exec.Command("./launch_vm.sh", append([]string{"--stop-timeout", "1"}, args...)...)
 	cmd.Dir = b.Dir
 	cmd.Env = append(os.Environ(), "COFFER_SIMPLATFORM="+b.env.program("simplatform"), "COFFER_SIM_CHIP="+b.env.chip())
+	cmd.Env = append(cmd.Env, b.env.BootEnv...)
 	v := &VM{Console: NewLines(b.env.Log)}
 	p, err := start(cmd, v.Console)
 	if err != nil {

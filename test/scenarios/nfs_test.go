@@ -90,6 +90,7 @@ LOG { Default_Log_Level = EVENT; }
 		t.Fatal(err)
 	}
 	g := boot(t, b)
+	g.expect(`coffer: the guest's own ports out=.*,nfs:2049/tcp`)
 	g.expect(`nfs 10\.0\.2\.2:/mem is mounted at /user_data/mnt options="vers=4\.`)
 	g.expect(`workload: round \d+: tick \d+ on nfs`)
 	s.kill()

@@ -55,6 +55,11 @@ func setup(t *testing.T) *line {
 // setupKBS is a line without bundles.
 func setupKBS(t *testing.T) *line {
 	t.Helper()
+	return startKBS(t, newEnv(t))
+}
+
+func newEnv(t *testing.T) *harness.Env {
+	t.Helper()
 	root, err := filepath.Abs("../..")
 	if err != nil {
 		t.Fatal(err)
@@ -66,10 +71,15 @@ func setupKBS(t *testing.T) *line {
 	}
 	testenv.LookTool(t, "qemu-system-x86_64")
 	testenv.LookTool(t, "qemu-io")
+	return env
+}
 
+func startKBS(t *testing.T, env *harness.Env) *line {
+	t.Helper()
 	ctx, cancel := context.WithTimeout(t.Context(), buildDeadline)
 	defer cancel()
 	l := &line{env: env}
+	var err error
 	if l.kbs, err = env.StartKBS(ctx, "kbs"); err != nil {
 		t.Fatal(err)
 	}
@@ -176,18 +186,25 @@ func (g *guest) off() {
 func (g *guest) refused(phase, code, detail string) {
 	g.t.Helper()
 	g.off()
+	if strings.Contains(g.failed(phase, code, detail), "workload:") {
+		g.t.Error("a workload ran")
+	}
+}
+
+// failed expects the FAILED line as the last of a guest that is off, and returns
+// the console.
+func (g *guest) failed(phase, code, detail string) string {
+	g.t.Helper()
 	console, err := os.ReadFile(g.b.File("console.log"))
 	if err != nil {
 		g.t.Fatal(err)
 	}
 	lines := strings.Split(strings.TrimSpace(string(console)), "\n")
 	last := lines[len(lines)-1]
-	if strings.Contains(string(console), "workload:") {
-		g.t.Error("a workload ran")
-	}
 	if !strings.Contains(last, fmt.Sprintf("coffer: FAILED phase=%s code=%s detail=", phase, code)) || !strings.Contains(last, detail) {
 		g.t.Errorf("last line %q, want phase %s, code %s, detail with %q\n%s", last, phase, code, detail, g.Console.Text())
 	}
+	return string(console)
 }
 
 func TestScenarios(t *testing.T) {

@@ -147,6 +147,9 @@ func serveOne(ctx context.Context, l net.Listener, chip *simsnp.Chip, digest [48
 			if err != nil {
 				return nil, nil, err
 			}
+			if os.Getenv("COFFER_SIM_NO_CERTS") != "" { // as most hosts do
+				return r.Marshal(), nil, nil
+			}
 			return r.Marshal(), snp.MarshalCertTable(chip.Certs()), nil
 		})
 	}

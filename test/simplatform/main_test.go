@@ -3,11 +3,8 @@ package main
 import (
 	"bufio"
 	"bytes"
-	"compress/gzip"
 	"context"
-	"encoding/base64"
 	"encoding/hex"
-	"encoding/json"
 	"errors"
 	"io"
 	"net"
@@ -22,6 +19,7 @@ import (
 	"coffer/internal/simport"
 	"coffer/internal/snp"
 	"coffer/internal/snp/verify"
+	"coffer/test/fakebase"
 )
 
 // The test binary is the program too, so that the test can start it as a process.
@@ -48,30 +46,8 @@ func program(t *testing.T, args ...string) *exec.Cmd {
 // files writes a firmware, a kernel and an initrd and returns serve's arguments.
 func files(t *testing.T, dir string) []string {
 	t.Helper()
-	text, err := os.ReadFile("../../internal/measure/testdata/vectors.json")
-	if err != nil {
-		t.Fatal(err)
-	}
-	var v struct {
-		Inputs struct {
-			Synthetic struct {
-				OVMF string `json:"ovmf_base64_gz"`
-			}
-		}
-	}
-	if err := json.Unmarshal(text, &v); err != nil {
-		t.Fatal(err)
-	}
-	r, err := gzip.NewReader(base64.NewDecoder(base64.StdEncoding, strings.NewReader(v.Inputs.Synthetic.OVMF)))
-	if err != nil {
-		t.Fatal(err)
-	}
-	ovmf, err := io.ReadAll(r)
-	if err != nil {
-		t.Fatal(err)
-	}
 	args := []string{"serve", "--append", "console=ttyS0", "--vcpus", "2", "--cpu", "EPYC-v4"}
-	for name, b := range map[string][]byte{"ovmf": ovmf, "kernel": []byte("the kernel"), "initrd": []byte("the initrd")} {
+	for name, b := range map[string][]byte{"ovmf": fakebase.OVMF(t), "kernel": []byte("the kernel"), "initrd": []byte("the initrd")} {
 		path := filepath.Join(dir, name)
 		if err := os.WriteFile(path, b, 0o600); err != nil {
 			t.Fatal(err)

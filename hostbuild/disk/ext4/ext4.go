@@ -33,6 +33,7 @@ type Options struct {
 	Time  time.Time // of its making
 	// BytesPerInode sets the number of inodes; 0 is mke2fs's own choice.
 	BytesPerInode int
+	FileKeys      bool // folders can have keys of their own (fscrypt)
 }
 
 // features are given in full, so that the build host's mke2fs.conf has no say.
@@ -44,6 +45,10 @@ const features = "none,has_journal,ext_attr,dir_index,filetype,extent,64bit,flex
 // left to be filled by the kernel. The root directory belongs to 0:0, mode 0755.
 func Make(ctx context.Context, path string, o Options) error {
 	extended := "nodiscard,lazy_itable_init=1,lazy_journal_init=1,root_owner=0:0"
+	features := features
+	if o.FileKeys {
+		features += ",encrypt"
+	}
 	args := []string{"-q", "-F", "-t", "ext4", "-b", strconv.Itoa(BlockSize), "-I", "256", "-m", "0", "-O", features, "-L", o.Label}
 	if o.UUID != "" {
 		args = append(args, "-U", o.UUID)

@@ -11,12 +11,10 @@ package verify
 import (
 	"crypto/ecdsa"
 	"crypto/elliptic"
-	"crypto/sha512"
 	"crypto/x509"
 	"encoding/asn1"
 	"errors"
 	"fmt"
-	"math/big"
 	"slices"
 	"time"
 
@@ -238,17 +236,10 @@ func checkChain(vek *x509.Certificate, signer snp.CertType, product string, o Op
 
 // Signature checks the signature over the report's signed part, and nothing else.
 func Signature(r *snp.Report, vek *x509.Certificate) error {
-	key, ok := vek.PublicKey.(*ecdsa.PublicKey)
-	digest := sha512.Sum384(r.Marshal()[:snp.SignedSize])
-	if !ok || !ecdsa.Verify(key, digest[:], littleEndian(r.SignatureR), littleEndian(r.SignatureS)) {
+	if !r.SignedBy(vek) {
 		return ErrSignature
 	}
 	return nil
-}
-
-func littleEndian(b [72]byte) *big.Int {
-	slices.Reverse(b[:])
-	return new(big.Int).SetBytes(b[:])
 }
 
 // extension returns the value of AMD's extension 1.3.6.1.4.1.3704.1.<arcs>.

@@ -28,3 +28,12 @@ func PowerOff() {
 	_ = unix.Reboot(unix.LINUX_REBOOT_CMD_POWER_OFF)
 	os.Exit(1) // the kernel panics: a power-off that failed must not go on
 }
+
+// SinceKernelStart counts the time that the machine was suspended, too.
+func SinceKernelStart() time.Duration {
+	var t unix.Timespec
+	if err := unix.ClockGettime(unix.CLOCK_BOOTTIME, &t); err != nil {
+		return 0
+	}
+	return time.Duration(t.Nano())
+}

@@ -1,0 +1,563 @@
+package scenarios
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"net"
+	"os"
+	"os/exec"
+	"path/filepath"
+	"regexp"
+	"slices"
+	"strconv"
+	"strings"
+	"sync"
+	"syscall"
+	"testing"
+	"time"
+
+	"coffer/internal/testenv"
+	"coffer/test/dockersave"
+	"coffer/test/harness"
+)
+
+// The scenarios of the running guest (`make test-guest`): a workload that tries
+// to get out, a host that gives the guest what it should not have, and a KBS that
+// comes and goes. Each boot checks several things, since a boot is what takes time.
+
+// probeBundle builds a bundle whose workload is the probe. config is the rest of
+// CONFIG.yaml.
+func (l *line) probeBundle(t *testing.T, config string, args ...string) *harness.Bundle {
+	t.Helper()
+	program := filepath.Join(l.env.Dir, "probe")
+	if _, err := os.Stat(program); err != nil {
+		cmd := exec.Command("go", "build", "-trimpath", "-ldflags", "-s -w", "-o", program, "./probe")
+		cmd.Env = append(os.Environ(), "CGO_ENABLED=0")
+		if out, err := cmd.CombinedOutput(); err != nil {
+			t.Fatalf("build the probe: %v\n%s", err, out)
+		}
+	}
+	body, err := os.ReadFile(program)
+	if err != nil {
+		t.Fatal(err)
+	}
+	layer, err := dockersave.Layer(dockersave.Entry{Name: "probe", Mode: 0o755, Body: body},
+		dockersave.Entry{Name: "etc/"}, dockersave.Entry{Name: "etc/secret", Body: []byte("the container's own")})
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	archive := filepath.Join(dir, "image.tar.gz")
+	image := dockersave.Image{Tag: "probe:1", Entrypoint: append([]string{"/probe"}, args...), Layers: [][]byte{layer}}
+	if err := image.SaveLegacy(archive); err != nil {
+		t.Fatal(err)
+	}
+	yaml := filepath.Join(dir, "CONFIG.yaml")
+	write(t, yaml, fmt.Appendf(nil, "root_drive_size: 1\ndocker_archive: %s\nvcpus: [1]\nmemory_mib: 1024\n%s", archive, config))
+	ctx, cancel := context.WithTimeout(t.Context(), buildDeadline)
+	defer cancel()
+	b, err := l.env.Build(ctx, l.settings, yaml)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := b.Unpack(ctx, filepath.Join(dir, "site")); err != nil {
+		t.Fatal(err)
+	}
+	return b
+}
+
+// bootLong boots a guest whose scenario has minutes of waiting in it.
+func bootLong(t *testing.T, b *harness.Bundle, args ...string) *guest {
+	t.Helper()
+	g := boot(t, b, args...)
+	ctx, cancel := context.WithTimeout(t.Context(), 4*bootDeadline)
+	t.Cleanup(cancel)
+	g.ctx = ctx
+	return g
+}
+
+// hostileQEMU makes launch_vm.sh start a QEMU with more in it: netdev is appended
+// to the options of the user network, args to the command line.
+func hostileQEMU(t *testing.T, netdev string, args ...string) {
+	t.Helper()
+	path := filepath.Join(t.TempDir(), "qemu-system-x86_64")
+	write(t, path, fmt.Appendf(nil, `#!/bin/sh
+for a; do
+	shift
+	case $a in user,id=*) a="$a%s" ;; esac
+	set -- "$@" "$a"
+done
+exec %s "$@" %s
+`, netdev, testenv.LookTool(t, "qemu-system-x86_64"), strings.Join(args, " ")))
+	if err := os.Chmod(path, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	t.Setenv("QEMU", path)
+}
+
+// plantDrive replaces a drive of the bundle by an ext4 of the host's own making;
+// commands are debugfs's.
+func plantDrive(t *testing.T, drive string, mib int, files map[string]string, commands ...string) {
+	t.Helper()
+	dir := t.TempDir()
+	tree, raw := filepath.Join(dir, "tree"), filepath.Join(dir, "raw")
+	for name, from := range files {
+		body, err := os.ReadFile(from)
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := os.MkdirAll(tree, 0o755); err != nil {
+			t.Fatal(err)
+		}
+		write(t, filepath.Join(tree, name), body)
+		if err := os.Chmod(filepath.Join(tree, name), 0o755); err != nil {
+			t.Fatal(err)
+		}
+	}
+	run := func(name string, args ...string) {
+		t.Helper()
+		if out, err := exec.Command(testenv.LookTool(t, name), args...).CombinedOutput(); err != nil {
+			t.Fatalf("%s: %v\n%s", name, err, out)
+		}
+	}
+	if err := os.MkdirAll(tree, 0o755); err != nil {
+		t.Fatal(err)
+	}
+	run("mke2fs", "-q", "-F", "-t", "ext4", "-d", tree, raw, strconv.Itoa(mib)+"M")
+	for _, c := range commands {
+		run("debugfs", "-w", "-R", c, raw)
+	}
+	run("qemu-img", "convert", "-f", "raw", "-O", "qcow2", raw, drive)
+}
+
+// echo serves what it is sent on loopback, TCP and UDP, IPv4 and IPv6, and
+// returns the ports.
+func echo(t *testing.T) (tcp, udp int) {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	u, err := net.ListenPacket("udp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	tcp, udp = l.Addr().(*net.TCPAddr).Port, u.LocalAddr().(*net.UDPAddr).Port
+	listeners, packets := []net.Listener{l}, []net.PacketConn{u}
+	if l6, err := net.Listen("tcp", fmt.Sprintf("[::1]:%d", tcp)); err == nil {
+		listeners = append(listeners, l6)
+	}
+	if u6, err := net.ListenPacket("udp", fmt.Sprintf("[::1]:%d", udp)); err == nil {
+		packets = append(packets, u6)
+	}
+	for _, l := range listeners {
+		t.Cleanup(func() { l.Close() })
+		go func() {
+			for {
+				c, err := l.Accept()
+				if err != nil {
+					return
+				}
+				go func() { defer c.Close(); io.Copy(c, c) }()
+			}
+		}()
+	}
+	for _, p := range packets {
+		t.Cleanup(func() { p.Close() })
+		go func() {
+			b := make([]byte, 2048)
+			for {
+				n, from, err := p.ReadFrom(b)
+				if err != nil {
+					return
+				}
+				p.WriteTo(b[:n], from)
+			}
+		}()
+	}
+	return tcp, udp
+}
+
+func freePorts(t *testing.T, n int) []int {
+	t.Helper()
+	var ports []int
+	for range n {
+		p, err := harness.FreePort()
+		if err != nil {
+			t.Fatal(err)
+		}
+		ports = append(ports, p)
+	}
+	return ports
+}
+
+// answers reports whether an echo comes back from a host port that QEMU forwards.
+func answers(network string, port int) bool {
+	c, err := net.DialTimeout(network, fmt.Sprintf("127.0.0.1:%d", port), 5*time.Second)
+	if err != nil {
+		return false
+	}
+	defer c.Close()
+	c.SetDeadline(time.Now().Add(5 * time.Second))
+	if _, err := c.Write([]byte("hello")); err != nil {
+		return false
+	}
+	n, err := c.Read(make([]byte, 16))
+	return err == nil && n == 5
+}
+
+// probed is the status of each of the probe's attempts.
+func probed(g *guest) map[string]string {
+	found := map[string]string{}
+	for _, m := range regexp.MustCompile(`workload: probe: (\S+) (\S+)`).FindAllStringSubmatch(g.Console.Text(), -1) {
+		found[m[1]] = m[2]
+	}
+	return found
+}
+
+// confined: a workload that tries everything, on a host that hands the guest an old
+// clock, a random device, a search domain and a drive with traps.
+func TestGuestConfinement(t *testing.T) {
+	l := setupKBS(t)
+	allowedTCP, allowedUDP := echo(t)
+	deniedTCP, deniedUDP := echo(t)
+	in := freePorts(t, 4)
+	b := l.probeBundle(t, fmt.Sprintf("allowed_ports: [8002, 8002/udp]\nallowed_out_ports: [%d, %d/udp]\ncc_attestation:\n  check_frequency: 5\n"+
+		"hosts_entries:\n  peer.example: 192.0.2.7\nworkload:\n  cpu_percent: 90\n  memory_mib: 512\n", allowedTCP, allowedUDP),
+		"all", strconv.Itoa(allowedTCP), strconv.Itoa(allowedUDP), strconv.Itoa(deniedTCP), strconv.Itoa(deniedUDP))
+	plantDrive(t, b.File("user_data.qcow2"), 16, map[string]string{"setuid": filepath.Join(l.env.Dir, "probe")},
+		"set_inode_field setuid mode 0104755", "mknod device c 1 1", "set_inode_field device mode 020666",
+		"symlink link /etc/secret", "symlink ext_mount.conf /etc/passwd")
+	if _, err := l.env.Run(t.Context(), "hostbuild", "drive", "resize", b.File("user_data.qcow2"), "2"); err != nil { // as a site's operator does
+		t.Fatal(err)
+	}
+	hostileQEMU(t, fmt.Sprintf(",dnssearch=evil.example,hostname=evil,domainname=evil.example,hostfwd=tcp:127.0.0.1:%d-:8003,hostfwd=udp:127.0.0.1:%d-:8003", in[2], in[3]),
+		"-rtc", "base=2001-02-03T04:05:06", "-device", "virtio-rng-pci")
+	g := bootLong(t, b, "--stop-timeout", "90", "--forward", fmt.Sprintf("127.0.0.1:%d:8002", in[0]), "--forward", fmt.Sprintf("127.0.0.1:%d:8002/udp", in[1]))
+
+	g.expect(`coffer: clock stood at 2001-02-03T\S+, set to the build time 20[2-9]\d-`)
+	g.expect(`coffer: acpi tables=APIC,DSDT,FACP,FACS,\S+ dsdt_sha256=[0-9a-f]{64}`)
+	g.expect(`modules_disabled=1 lockdown=integrity`)
+	g.expect(fmt.Sprintf(`coffer: allowed ports in=8002/tcp,8002/udp out=%d/tcp,%d/udp`, allowedTCP, allowedUDP))
+	g.expect(`coffer: the guest's own ports out=kbs:10.0.2.2:\d+/tcp,dns:10.0.2.3:53/udp\+tcp,dhcp:67/udp`)
+	g.expect(`workload: probe: listening ok`)
+	for _, c := range []struct {
+		network string
+		port    int
+		want    bool
+	}{{"tcp", in[0], true}, {"udp", in[1], true}, {"tcp", in[2], false}, {"udp", in[3], false}} {
+		if got := answers(c.network, c.port); got != c.want {
+			t.Errorf("%s port %d of the host is answered by the guest: %v, want %v", c.network, slices.Index(in, c.port), got, c.want)
+		}
+	}
+	g.expect(`workload: probe: done ok`)
+
+	status := probed(g)
+	for _, name := range []string{"tcp-out-allowed", "udp-out-allowed", "loopback"} {
+		if status[name] != "ok" {
+			t.Errorf("%s: %q", name, status[name])
+		}
+	}
+	for _, name := range []string{
+		"tcp-out", "udp-out", "dns-out", "tcp6-out", "udp6-out", "packet-socket", "packet-dgram-socket", "raw-socket", "raw6-socket", "ping-socket", "ping6-socket",
+		"vsock", "interface-flags", "user-namespace", "mount", "mknod", "set-time", "load-module", "kexec", "reboot", "kernel-log", "bpf", "swap",
+		"open-dev-sev-guest", "open-dev-mem", "open-dev-kmsg", "open-dev-port", "open-sys-kernel-config-tsm", "open-proc-kcore", "sysrq", "host-random",
+		"open-sys-firmware-acpi-tables-DSDT", "disks", "host-device", "host-setuid", "write-kernel/core_pattern",
+	} {
+		if status[name] != "refused" {
+			t.Errorf("%s: %q, want refused", name, status[name])
+		}
+	}
+	text := g.Console.Text()
+	for _, want := range []string{
+		`sysctl ok kernel/modules_disabled="1"`, `sysctl ok kernel/kexec_load_disabled="1"`, `sysctl ok kernel/dmesg_restrict="1"`, `sysctl ok kernel/kptr_restrict="2"`,
+		`sysctl ok kernel/yama/ptrace_scope="2"`, `sysctl ok kernel/unprivileged_bpf_disabled="1"`, `sysctl ok kernel/sysrq="0"`,
+		`sysctl ok kernel/core_pattern="/dev/null"`, `sysctl ok user/max_user_namespaces="0"`, `sysctl ok kernel/modprobe=""`, "swaps ok 0",
+		`host-symlink ok "the container's own"`, // it leads into the container, not out of it
+		"mounted ok /user_data rw,nosuid,nodev", "mounted ok /user_config ro,nosuid,nodev", "mounted ok /applog rw,nosuid,nodev,noexec", "mounted ok /vault rw,nosuid,nodev",
+		"resolv.conf ok nameserver 10.0.2.3;options timeout:2 attempts:2;",
+		"user_data/ext_mount.conf is not used", "user_data ok 2 GB", "hosts ok 192.0.2.7 peer.example",
+	} {
+		if !strings.Contains(text, want) {
+			t.Errorf("the console lacks %q", want)
+		}
+	}
+	if strings.Contains(text, "clock ok 2001") || strings.Contains(text, "evil") {
+		t.Error("the host's clock or its names got through")
+	}
+
+	// The workload ignores the polite signal; launch_vm.sh would kill the guest that
+	// takes more than its 90 s.
+	g.expect(`attestation round=\d+ verdict=pass`)
+	g.Stop()
+	g.expect(`workload exited code=137 signal=9`)
+	g.expect(`coffer: power off reason="power button"`)
+	g.off()
+	if out, err := l.env.Run(t.Context(), "hostbuild", "drive", "cat", b.File("applog.qcow2"), "/workload.log"); err != nil || !strings.Contains(out, "probe: done ok") {
+		t.Errorf("workload.log of a guest that stopped in order: %v\n%s", err, out)
+	}
+	if t.Failed() {
+		t.Log(text)
+	}
+}
+
+// Boots that a host's doing must end, each with its own code.
+func TestGuestRefusesTheHost(t *testing.T) {
+	l := setupKBS(t)
+	b := l.probeBundle(t, "", "tick")
+	aml := filepath.Join(t.TempDir(), "aml")
+	write(t, aml, []byte{0x70, 0x01, 0x60}) // Store(One, Local0)
+	for _, c := range []struct {
+		name                string
+		args                []string
+		phase, code, detail string
+	}{
+		{"ACPI table added", []string{"-acpitable", "sig=SSDT,data=" + aml}, "acpi", "E_ACPI", "not expected: SSDT(ignored)"},
+		{"clock far ahead", []string{"-rtc", "base=2090-01-01"}, "key", "E_CLOCK", "2090"},
+	} {
+		t.Run(c.name, func(t *testing.T) {
+			hostileQEMU(t, "", c.args...)
+			g := boot(t, l.copyOf(t, b))
+			g.refused(c.phase, c.code, c.detail)
+			if !strings.Contains(g.Console.Text(), "launch_digest=") {
+				t.Error("the launch measurement is not printed")
+			}
+		})
+	}
+}
+
+// A killed containerd stops neither the workload nor its output; a killed agent
+// ends in the FAILED line and the power off.
+func TestGuestKilledPrograms(t *testing.T) {
+	l := setupKBS(t)
+	l.baseWithSaboteur(t)
+	const end = 14
+	g := bootLong(t, l.probeBundle(t, "cc_attestation:\n  check_frequency: 2\n", "tick", "3", "containerd", "7", "containerd", strconv.Itoa(end), "agent"))
+	for _, c := range []struct{ tick, restart int }{{3, 1}, {7, 2}} {
+		g.expect(fmt.Sprintf(`workload: probe: tick ok %d `, c.tick))
+		g.expect(fmt.Sprintf(`containerd ended reason="signal: killed" restart=%d`, c.restart))
+		g.expect(`attestation round=\d+ verdict=pass`)
+	}
+	g.expect(fmt.Sprintf(`workload: probe: tick ok %d `, end))
+	g.off()
+	var ticks []string
+	for _, m := range regexp.MustCompile(`workload: probe: tick ok (\d+)`).FindAllStringSubmatch(g.Console.Text(), -1) {
+		ticks = append(ticks, m[1])
+	}
+	for i, tick := range ticks {
+		if tick != strconv.Itoa(i+1) {
+			t.Fatalf("the workload's output has gaps or was started anew: %v", ticks)
+		}
+	}
+	g.failed("run", "E_INTERNAL", "/bin/agent ended: signal 9, killed")
+}
+
+// baseWithSaboteur has bundles built with an agent that kills what the workload
+// names, itself included.
+func (l *line) baseWithSaboteur(t *testing.T) {
+	t.Helper()
+	programs, base, root := filepath.Join(l.env.Dir, "programs"), filepath.Join(l.env.Dir, "base"), filepath.Dir(l.env.Bin)
+	if out, err := exec.Command("cp", "-r", l.env.Bin, programs).CombinedOutput(); err != nil {
+		t.Fatalf("cp: %v\n%s", err, out)
+	}
+	overlay := filepath.Join(t.TempDir(), "overlay.json")
+	write(t, overlay, fmt.Appendf(nil, `{"Replace": {%q: %q}}`, filepath.Join(root, "cmd/agent/saboteur.go"), filepath.Join(root, "test/scenarios/testdata/saboteur.go")))
+	build := exec.Command("go", "build", "-tags", "simulated", "-overlay", overlay, "-o", filepath.Join(programs, "agent-simulated"), "./cmd/agent")
+	build.Dir = root
+	build.Env = append(os.Environ(), "CGO_ENABLED=0", "GOFLAGS=")
+	if out, err := build.CombinedOutput(); err != nil {
+		t.Fatalf("go build: %v\n%s", err, out)
+	}
+	if _, err := l.env.Run(t.Context(), "hostbuild", "base", "build", "--platform", "simulated", "--programs", programs, "--out", base,
+		"--cache", filepath.Join(root, "build/cache"), "--locked", filepath.Join(l.env.Base, "base.lock")); err != nil {
+		t.Fatal(err)
+	}
+	l.env.Base = base
+	var err error
+	if l.settings, err = l.kbs.Settings(); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// A workload that ends again and again is started again and again, ever slower,
+// and what it does is told.
+func TestGuestCrashLoop(t *testing.T) {
+	l := setupKBS(t)
+	b := l.probeBundle(t, "workload:\n  restart: on-failure\ncc_attestation:\n  check_frequency: 2\n", "exit", "7")
+	g := bootLong(t, b)
+	for range 3 {
+		g.expect(`workload: probe: exit ok 7`)
+		g.expect(`workload exited code=7`)
+	}
+	g.expect(`attestation round=\d+ verdict=pass`) // the guest's own work goes on
+}
+
+// throttle stands between guest and KBS and can be cut, or let a few bytes a second through.
+type throttle struct {
+	listener net.Listener
+	to       string
+
+	mu    sync.Mutex
+	slow  bool
+	conns []net.Conn
+}
+
+func newThrottle(t *testing.T, to string) *throttle {
+	t.Helper()
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	p := &throttle{listener: l, to: to}
+	t.Cleanup(func() { l.Close() })
+	go func() {
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			go p.serve(c)
+		}
+	}()
+	return p
+}
+
+func (p *throttle) serve(c net.Conn) {
+	defer c.Close()
+	up, err := net.Dial("tcp", p.to)
+	if err != nil {
+		return
+	}
+	defer up.Close()
+	p.mu.Lock()
+	p.conns = append(p.conns, c)
+	p.mu.Unlock()
+	go func() {
+		defer up.Close()
+		io.Copy(up, c)
+	}()
+	b := make([]byte, 4096)
+	for {
+		p.mu.Lock()
+		slow := p.slow
+		p.mu.Unlock()
+		size := len(b)
+		if slow {
+			size = 1
+			time.Sleep(time.Second)
+		}
+		n, err := up.Read(b[:size])
+		if err != nil {
+			return
+		}
+		if _, err := c.Write(b[:n]); err != nil {
+			return
+		}
+	}
+}
+
+// trickle lets one byte a second through from now on, or everything again.
+func (p *throttle) trickle(on bool) {
+	p.mu.Lock()
+	defer p.mu.Unlock()
+	p.slow = on
+	for _, c := range p.conns {
+		c.Close()
+	}
+	p.conns = nil
+}
+
+// outage: the KBS is away for less than max_staleness, trickles, and is away for
+// longer, while the workload fills /applog and floods its log.
+func TestGuestKBSOutage(t *testing.T) {
+	l := setupKBS(t)
+	// The guest asks the throttle, on the port that its settings name.
+	p := newThrottle(t, l.kbs.Listen)
+	text, err := os.ReadFile(l.settings)
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, port, _ := net.SplitHostPort(p.listener.Addr().String())
+	write(t, l.settings, regexp.MustCompile(`guest_url: .*`).ReplaceAll(text, []byte("guest_url: https://10.0.2.2:"+port)))
+	const stale = 45 * time.Second
+	b := l.probeBundle(t, "cc_attestation:\n  check_frequency: 2\n  max_staleness: 45\n  failure_action: stop_job\n  restart_on_recovery: true\n", "applog")
+	plantDrive(t, b.File("applog.qcow2"), 16, nil)
+
+	g := bootLong(t, b)
+	g.expect(`workload: probe: fill refused .*no space left`)
+	g.expect(`workload: probe: flood ok`)
+	g.expect(`workload: probe: alive ok`)
+	g.expect(`attestation round=\d+ verdict=pass`)
+
+	// Down for less than max_staleness: unknown, and nothing is stopped.
+	l.kbs.Stop()
+	g.expect(`attestation round=\d+ verdict=unknown.*code=E_KBS_UNREACHABLE`)
+	g.expect(`attestation round=\d+ verdict=unknown`)
+	if err := l.kbs.Start(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	g.expect(`attestation round=\d+ verdict=pass`)
+	g.expect(`workload: probe: alive ok`)
+	if strings.Contains(g.Console.Text(), "action=stop_job") {
+		t.Error("an outage of less than max_staleness stopped the workload")
+	}
+
+	// A KBS that trickles is one that does not answer: after max_staleness the
+	// workload is stopped, though no round has been refused.
+	began := time.Now()
+	p.trickle(true)
+	g.expect(`attestation round=\d+ verdict=unknown`)
+	g.expect(`attestation action=stop_job`)
+	if took := time.Since(began); took < stale/2 {
+		t.Errorf("the workload was stopped after %s, max_staleness is %s", took, stale)
+	}
+	g.expect(`workload exited code=137 signal=9`)
+	stopped := len(g.Console.All())
+	g.expect(`attestation round=\d+ verdict=unknown`)
+	for _, line := range g.Console.All()[stopped:] {
+		if strings.Contains(line, "workload: probe:") {
+			t.Errorf("the stopped workload writes %q", line)
+		}
+	}
+
+	// It comes back with the KBS.
+	p.trickle(false)
+	g.expect(`attestation round=\d+ verdict=pass`)
+	g.expect(`attestation action=start_job`)
+	g.expect(`workload: probe: alive ok`)
+
+	// A chip that does not answer any more carries the workload no longer than a
+	// KBS that does not.
+	killSimplatform(t, b)
+	g.expect(`attestation action=stop_job`)
+	g.expect(`workload exited code=137 signal=9`)
+}
+
+// killSimplatform ends the simulated platform of a bundle that runs.
+func killSimplatform(t *testing.T, b *harness.Bundle) {
+	t.Helper()
+	procs, err := filepath.Glob("/proc/[0-9]*/cwd")
+	if err != nil {
+		t.Fatal(err)
+	}
+	for _, cwd := range procs {
+		dir, err := os.Readlink(cwd)
+		if err != nil || dir != b.Dir {
+			continue
+		}
+		cmdline, err := os.ReadFile(filepath.Join(filepath.Dir(cwd), "cmdline"))
+		if err != nil || !strings.HasSuffix(strings.Split(string(cmdline), "\x00")[0], "/simplatform") {
+			continue
+		}
+		pid, err := strconv.Atoi(filepath.Base(filepath.Dir(cwd)))
+		if err != nil {
+			t.Fatal(err)
+		}
+		if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
+			t.Fatal(err)
+		}
+		return
+	}
+	t.Fatal("no simulated platform runs in the bundle's folder")
+}
