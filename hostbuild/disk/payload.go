@@ -76,7 +76,7 @@ type piece struct {
 }
 
 func newPayload(s *sealer, salt []byte, leaves io.WriterAt) *payload {
-	workers := max(2, min(runtime.GOMAXPROCS(0), maxWorkers))
+	workers := min(runtime.GOMAXPROCS(0)+2, maxWorkers) // some wait for the disk
 	p := &payload{
 		sealer: s, salt: salt, leaves: leaves,
 		full: make(chan piece, workers), free: make(chan []byte, 2*workers+1), quit: make(chan struct{}),
