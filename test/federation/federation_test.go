@@ -123,7 +123,7 @@ var checks = map[string]func(t *testing.T, dir string){
 		want(t, dir, "job.out", "model: [[3.0, 4.0, 5.0], [6.0, 7.0, 8.0], [9.0, 10.0, 11.0]]")
 	},
 	"Another day": func(t *testing.T, dir string) {
-		want(t, dir, "job2.out", "model: [[3.0, 4.0, 5.0], [6.0, 7.0, 8.0], [9.0, 10.0, 11.0]]")
+		want(t, dir, "job3.out", "model: [[3.0, 4.0, 5.0], [6.0, 7.0, 8.0], [9.0, 10.0, 11.0]]")
 	},
 }
 
