@@ -116,7 +116,7 @@ var checks = map[string]func(t *testing.T, dir string){
 	"Start": func(t *testing.T, dir string) {
 		const verified = "SNPAuthorizer - INFO - Check nonce passed"
 		want(t, dir, "server1/cvm_*/console.log", "allowed ports in=8002/tcp out=443/tcp, and", verified)
-		want(t, dir, "site-1/cvm_*/console.log", "allowed ports in=none out=443/tcp,8002/tcp, and", verified)
+		want(t, dir, "site-1/cvm_*/console.log", "allowed ports in=none out=8002/tcp,443/tcp, and", verified)
 		want(t, dir, "site-1.out", "phase=key status=ok")
 	},
 	"A job": func(t *testing.T, dir string) {
