@@ -172,10 +172,9 @@ test-gpu-hw: # on a machine with an NVIDIA GPU; reads only
 	test -n "$$lib" || { echo "test-gpu-hw: no libnvidia-ml.so.1: no NVIDIA driver is installed"; exit 1; }; \
 	COFFER_GPU_LIBRARY=$$lib $(GO) test -count=1 -v -run '^TestHardware$$' ./internal/gpu/helper
 FUZZ ?= .
-fuzz: # FUZZTIME for each target below the folders FUZZ
-	@grep -rlE '^func Fuzz' --include='*_test.go' $(FUZZ) | sort | while read -r file; do \
-	for target in $$(sed -n 's/^func \(Fuzz[A-Za-z0-9_]*\)(.*/\1/p' $$file); do \
-	echo "fuzz: $$file $$target"; $(GO) test -run '^$$' -fuzz "^$$target$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 20x ./$$(dirname $$file) </dev/null || exit 1; done; done
+fuzz: # FUZZTIME for each target below the folders FUZZ, one on each core
+	@grep -roE '^func Fuzz[A-Za-z0-9_]+' --include='*_test.go' $(FUZZ) | sed 's|/[^/]*:func | |' | sort | xargs -P "$$(nproc)" -L 1 sh -c \
+	'if out=$$($(GO) test -run "^$$" -fuzz "^$$1\$$" -fuzztime $(FUZZTIME) -fuzzminimizetime 20x -parallel 1 "./$$0" 2>&1); then echo "fuzz: $$0 $$1: $$(echo "$$out" | sed -n "s/.*\(execs: [0-9]*\).*/\1/p" | tail -n 1)"; else echo "$$out"; echo "fuzz: $$0 $$1: FAILED"; exit 255; fi'
 lint:
 	@test -z "$$(git ls-files "*.go" | xargs gofmt -l | tee /dev/stderr)" || { echo "lint: run gofmt -w on these files"; exit 1; }
 	$(GO) vet ./...
