@@ -160,6 +160,7 @@ build/images/nvflare.tar.gz: build/nvflare/2.9.0/installed | deps
 	@touch $@
 bench: all base deps
 	bin/bench
+	$(GO) test -run '^$$' -bench Idle -benchtime 1x ./agent # needs root
 demo: all base deps
 	bin/demo
 # Both of Trustee's policy engines judge the generated policy anew; needs cargo.

@@ -35,7 +35,7 @@ import (
 // guest is an agent on a machine whose kernel parts are fakes; containerd, its
 // container and the logs are real.
 type guest struct {
-	t       *testing.T
+	t       testing.TB
 	deps    agent.Deps
 	cfg     guestconfig.Config
 	dir     string
@@ -90,7 +90,7 @@ func (k *fakeKBS) Fetch(ctx context.Context, a kbsclient.Attester, path string) 
 var errDenied = &kbsclient.Error{Status: 401, Type: "PolicyDeny", Detail: "Access denied by policy", Op: "resource"}
 
 // newGuest makes a guest that runs a shell script.
-func newGuest(t *testing.T, script string) *guest {
+func newGuest(t testing.TB, script string) *guest {
 	t.Helper()
 	testenv.Root(t)
 	src := agenttest.Image(t, `{"Entrypoint":["/bin/sh","-c"],"Env":["PATH=/bin"]}`)
@@ -100,7 +100,7 @@ func newGuest(t *testing.T, script string) *guest {
 }
 
 // configured needs neither root nor containerd.
-func configured(t *testing.T, script string, src workload.ImageSource) *guest {
+func configured(t testing.TB, script string, src workload.ImageSource) *guest {
 	t.Helper()
 	dir := agenttest.Dir(t)
 	g := &guest{t: t, dir: dir, console: &agenttest.Buffer{}, stop: make(chan string, 1), kbs: &fakeKBS{}, off: make(chan struct{}, 8)}

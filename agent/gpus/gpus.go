@@ -131,9 +131,18 @@ func (g *Guard) recognise(evidence []gpu.Evidence) error {
 		return nil
 	}
 	if !slices.Equal(found, g.known) {
-		return &gpu.Error{Code: CodeIdentity, Err: fmt.Errorf("the GPUs were %s, now they are %s", strings.Join(g.known, " "), strings.Join(found, " "))}
+		return &gpu.Error{Code: CodeIdentity, Err: fmt.Errorf("the GPUs are not those of the first round; further: %s; missing: %s", without(found, g.known), without(g.known, found))}
 	}
 	return nil
+}
+
+// without lists what of a is not in b.
+func without(a, b []string) string {
+	a = slices.DeleteFunc(slices.Clone(a), func(s string) bool { return slices.Contains(b, s) })
+	if len(a) == 0 {
+		return "none"
+	}
+	return strings.Join(a, " ")
 }
 
 // Accept lets the GPUs work. It is called after a round that passed, and does

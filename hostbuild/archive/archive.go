@@ -202,7 +202,11 @@ func (s *scan) outer(r io.Reader) error {
 		if err != nil {
 			return fmt.Errorf("file %q: %w", h.Name, tarError(err))
 		}
-		s.files[clean(h.Name)] = f
+		name := clean(h.Name)
+		if first, twice := s.files[name]; twice && first != f { // programs differ in which of them counts
+			return fmt.Errorf("%w: it holds two files %q; `docker save` or copy it again", ErrDamaged, name)
+		}
+		s.files[name] = f
 	}
 	// A compressed stream shows at its end that it is whole.
 	if _, err := io.Copy(io.Discard, r); err != nil {

@@ -52,11 +52,12 @@ func zst(b []byte) []byte {
 
 func asIs(b []byte) []byte { return b }
 
-// entry is a file of an archive, or a symbolic link.
+// entry is a file of an archive, a symbolic link, or a device.
 type entry struct {
-	name string
-	data []byte
-	link string
+	name   string
+	data   []byte
+	link   string
+	device bool
 }
 
 func makeTar(entries ...entry) []byte {
@@ -66,6 +67,9 @@ func makeTar(entries ...entry) []byte {
 		h := &tar.Header{Name: e.name, Mode: 0o644, Size: int64(len(e.data)), Typeflag: tar.TypeReg}
 		if e.link != "" {
 			h.Typeflag, h.Linkname = tar.TypeSymlink, e.link
+		}
+		if e.device {
+			h.Typeflag, h.Devmajor, h.Devminor = tar.TypeBlock, 8, 0
 		}
 		if err := w.WriteHeader(h); err != nil {
 			panic(err)
@@ -480,6 +484,10 @@ func TestBadArchives(t *testing.T) {
 		"no manifest":                {makeTar(with(layout, "index.json", []byte(`{"manifests":[{"digest":"sha256:00"}]}`))...), ErrMissing, "sha256:00"},
 		"digest without a colon":     {makeTar(with(layout, "index.json", []byte(`{"manifests":[{"digest":"x"}]}`))...), ErrMissing, "x"},
 		"indexes, deep":              {makeTar(deepEntries...), ErrLimit, "deep"},
+		"two manifest.json":          {makeTar(append(slices.Clone(old), entry{name: "./manifest.json", data: toJSON([]object{{"Config": "x"}})})...), ErrDamaged, `two files "manifest.json"`},
+		"a layer twice, swapped":     {makeTar(append(slices.Clone(old), entry{name: fmt.Sprintf("%064x/layer.tar", 4), data: layerTar("evil")})...), ErrDamaged, "two files"},
+		"a layer is a link outwards": {makeTar(append(without(old, "4/layer.tar"), entry{name: fmt.Sprintf("%064x/layer.tar", 4), link: "../../../../etc/passwd"})...), ErrMissing, "4/layer.tar"},
+		"a layer is a device":        {makeTar(append(without(old, "4/layer.tar"), entry{name: fmt.Sprintf("%064x/layer.tar", 4), device: true})...), ErrMissing, "4/layer.tar"},
 		"long name":                  {makeTar(entry{name: "first", data: []byte("{}")}, entry{name: strings.Repeat("x", MaxName+1), data: []byte("{}")}), ErrLimit, "4097"},
 		"many files":                 {makeTar(manyFiles...), ErrLimit, "files"},
 	} {

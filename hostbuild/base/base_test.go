@@ -3,6 +3,7 @@ package base
 import (
 	"archive/tar"
 	"bytes"
+	"context"
 	"debug/elf"
 	"encoding/binary"
 	"encoding/json"
@@ -239,6 +240,40 @@ func TestFirmware(t *testing.T) {
 	}
 	if _, err := Build(t.Context(), p); !errors.Is(err, measure.ErrNoKernelHashes) || !strings.Contains(err.Error(), "usr/share/ovmf/OVMF.amdsev.fd of ") {
 		t.Errorf("unfit package: %v", err)
+	}
+}
+
+// Where the firmware's package cannot be had, the installed one is taken, unless a
+// lock asks for exactly that package. What else cannot be had ends the build.
+func TestInstalledFirmware(t *testing.T) {
+	image, err := images.Load("cpu")
+	if err != nil {
+		t.Fatal(err)
+	}
+	installed := filepath.Join(t.TempDir(), "OVMF.amdsev.fd")
+	if err := os.WriteFile(installed, fakebase.OVMF(t), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	gone := errors.New("no archive has it")
+	for _, c := range []struct {
+		name, missing, installed, locked string
+		ok                               bool
+	}{
+		{"fallback", roleFirmware, installed, "", true},
+		{"none installed", roleFirmware, installed + "x", "", false},
+		{"locked", roleFirmware, installed, "base.lock", false},
+		{"kernel", roleKernel, installed, "", false},
+	} {
+		p := Params{Locked: c.locked, Log: t.Logf}
+		packages, _, err := fetchAll(t.Context(), &p, image, func(_ context.Context, role string, _ images.Package) (Package, string, error) {
+			if role == c.missing {
+				return Package{}, "", gone
+			}
+			return Package{Role: role}, role + ".deb", nil
+		}, c.installed)
+		if c.ok && (err != nil || p.OVMF != installed || len(packages) != 2) || !c.ok && (!errors.Is(err, gone) || p.OVMF != "") {
+			t.Errorf("%s: firmware %q, packages %v, %v", c.name, p.OVMF, packages, err)
+		}
 	}
 }
 

@@ -11,7 +11,6 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
-	"runtime"
 	"slices"
 	"strings"
 
@@ -342,9 +341,6 @@ func packTree(ctx context.Context, tree string) ([]byte, error) {
 	return os.ReadFile(out)
 }
 
-// cpus is how many jobs a build runs.
-func cpus() int { return runtime.GOMAXPROCS(0) }
-
 // checkProgram keeps simulation code out of a production base. It is told by
 // the build tag that Go records in a program.
 func checkProgram(program, platform string) error {
@@ -386,6 +382,13 @@ func fetch(ctx context.Context, p *Params, image *images.Image) (packages []Pack
 			return nil, nil, err
 		}
 	}
+	return fetchAll(ctx, p, image, f.fetch, InstalledOVMF)
+}
+
+// fetchAll fetches one package for each role. installed is the firmware to fall
+// back on.
+func fetchAll(ctx context.Context, p *Params, image *images.Image,
+	fetch func(ctx context.Context, role string, want images.Package) (Package, string, error), installed string) (packages []Package, debs map[string]string, err error) {
 	debs = map[string]string{}
 	want := []wanted{{roleKernel, image.Kernel}, {roleFirmware, image.Firmware}, {roleCA, image.CA}}
 	for len(want) > 0 {
@@ -394,11 +397,11 @@ func fetch(ctx context.Context, p *Params, image *images.Image) (packages []Pack
 		if next.role == roleFirmware && p.OVMF != "" {
 			continue
 		}
-		pkg, deb, err := f.fetch(ctx, next.role, next.Package)
+		pkg, deb, err := fetch(ctx, next.role, next.Package)
 		if err != nil && next.role == roleFirmware && p.Locked == "" && ctx.Err() == nil {
-			if _, missing := os.Stat(InstalledOVMF); missing == nil {
-				p.Log("the firmware's package cannot be had (%v): taking %s", err, InstalledOVMF)
-				p.OVMF = InstalledOVMF
+			if _, missing := os.Stat(installed); missing == nil {
+				p.Log("the firmware's package cannot be had (%v): taking %s", err, installed)
+				p.OVMF = installed
 				continue
 			}
 		}

@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"regexp"
+	"runtime"
 	"slices"
 	"strings"
 
@@ -199,11 +200,10 @@ func (d *driver) buildModules(ctx context.Context) ([]Module, error) {
 	if err := os.Remove(filepath.Join(headers, "vmlinux")); err != nil && !errors.Is(err, os.ErrNotExist) {
 		return nil, err // type information would be made, where a machine has the program for it
 	}
-	prefix := strings.TrimSuffix(d.Compiler, filepath.Ext(d.Compiler))
-	prefix = prefix[:strings.Index(prefix, "-gcc")+1]
+	prefix, _, _ := strings.Cut(d.Compiler, "gcc")
 	work := filepath.Dir(d.tools)
-	if err := d.run(ctx, d.source, "make", "modules", fmt.Sprintf("-j%d", cpus()),
-		"NV_KERNEL_MODULES="+strings.Join(d.Modules, " "), "NV_VERBOSE=",
+	if err := d.run(ctx, d.source, "make", "modules", fmt.Sprintf("-j%d", runtime.GOMAXPROCS(0)),
+		"NV_KERNEL_MODULES="+strings.Join(d.Modules, " "),
 		"SYSSRC="+filepath.Join(d.tools, "usr/src/linux-headers-"+release+"-common"), "SYSOUT="+headers,
 		"CC="+d.Compiler, "LD="+prefix+"ld", "AR="+prefix+"ar", "OBJDUMP="+prefix+"objdump", "OBJCOPY="+prefix+"objcopy",
 		"KCFLAGS=-ffile-prefix-map="+work+"=."); err != nil {

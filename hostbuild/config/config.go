@@ -30,6 +30,8 @@ type Config struct {
 	DockerArchive string // absolute
 	DockerImage   string // which image of the archive, "" for the only one
 
+	RootCompression string // of the image's layers: "lz4", "zstd", "" for none
+
 	RootDriveSize, ApplogDriveSize, UserConfigDriveSize, UserDataDriveSize int64 // bytes
 
 	UserConfig map[string]string // name below /user_config to absolute host path
@@ -121,6 +123,9 @@ func build(doc *yamlcheck.Doc, m *yamlcheck.Map) (*Config, error) {
 	c.DockerArchive = m.Path("docker_archive")
 	c.DockerImage = m.String("docker_image", "")
 
+	if c.RootCompression = m.OneOf("root_compression", "none", "none", "lz4", "zstd"); c.RootCompression == "none" {
+		c.RootCompression = ""
+	}
 	c.RootDriveSize = m.Int("root_drive_size", 10, 1, 65536) * GB
 	c.ApplogDriveSize = m.Int("applog_drive_size", 1, 1, 65536) * GB
 	c.UserConfigDriveSize = m.Int("user_config_drive_size", 1, 1, 65536) * GB

@@ -81,6 +81,7 @@ func TestFaults(t *testing.T) {
 		{"duplicate", "docker_archive: a\ndocker_archive: b\n", "key docker_archive stands twice"},
 		{"CC switched off", "docker_archive: a\ncompute_env: onprem-cvm\n", `c.yaml:2:14: compute_env: "onprem-cvm" switches confidential computing off`},
 		{"include", "docker_archive: a\ninclude: x.yml\n", "include: NVFlare resolves include: only for itself"},
+		{"compression", "docker_archive: a\nroot_compression: xz\n", `root_compression: "xz" is not none or lz4 or zstd`},
 		{"size", "docker_archive: a\nroot_drive_size: 0\n", `root_drive_size: "0" is not a whole number from 1`},
 		{"size text", "docker_archive: a\napplog_drive_size: big\n", `applog_drive_size: "big" is not a whole number`},
 		{"port", "docker_archive: a\nallowed_ports: [80, 70000]\n", `allowed_ports: "70000" is not a port`},

@@ -178,6 +178,9 @@ func openBase(p Params) (*base.Base, error) {
 	if p.TEE == "sample" && b.Platform != guestconfig.PlatformSimulated {
 		return nil, fmt.Errorf("sample evidence works on the simulated platform alone, and the base %s is for %s", dir, b.Platform)
 	}
+	if err := checkKernel(b.KernelVersion, p.Config.RootCompression); err != nil {
+		return nil, fmt.Errorf("guest base %s: %w", dir, err)
+	}
 	if p.Settings.OVMF != "" {
 		b.OVMF = p.Settings.OVMF
 	}
@@ -185,6 +188,15 @@ func openBase(p Params) (*base.Base, error) {
 		return nil, err
 	}
 	return b, nil
+}
+
+// checkKernel fails where a guest's kernel cannot read its root.
+func checkKernel(version, compression string) error {
+	var major, minor int
+	if _, err := fmt.Sscanf(version, "%d.%d", &major, &minor); compression == "zstd" && (err != nil || major < 6 || major == 6 && minor < 10) {
+		return fmt.Errorf("root_compression: its kernel is %s, and EROFS reads zstd from 6.10 on: choose lz4 or none", version)
+	}
+	return nil
 }
 
 // openCache opens the cache of layers. Without it builds only take longer.
@@ -275,7 +287,7 @@ func rootParams(p Params, b *base.Base, temp string, in inputs) disk.RootParams 
 	c := p.Config
 	return disk.RootParams{
 		Temp: temp, Size: c.RootDriveSize, Archive: c.DockerArchive, ImageRef: c.DockerImage, Files: rootFiles(b, in),
-		FileKeys: c.GPU != nil && c.GPU.Required, Time: p.Now, Rand: p.rand, Progress: p.Progress,
+		Compression: c.RootCompression, FileKeys: c.GPU != nil && c.GPU.Required, Time: p.Now, Rand: p.rand, Progress: p.Progress,
 	}
 }
 

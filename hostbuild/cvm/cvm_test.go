@@ -542,3 +542,34 @@ func TestNoKBS(t *testing.T) {
 		t.Error("the output folder was made")
 	}
 }
+
+// So does a policy folder whose rules cannot be read.
+func TestDamagedPolicy(t *testing.T) {
+	r := newRig(t)
+	r.build(t)
+	path := filepath.Join(r.settings.PolicyDir, "policy.rego")
+	text, err := os.ReadFile(path)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if err := os.WriteFile(path, bytes.Replace(text, []byte(`"paths"`), []byte(`"path"`), 1), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	p := r.params(t)
+	p.Progress = func(stage string, _, _ int64) { t.Errorf("the work began: %s", stage) }
+	if _, err := Build(t.Context(), p); err == nil || !strings.Contains(err.Error(), path) {
+		t.Errorf("error %v", err)
+	}
+}
+
+func TestCheckKernel(t *testing.T) {
+	for _, c := range []struct {
+		version, compression string
+		ok                   bool
+	}{{"6.12.117+deb12-cloud-amd64", "zstd", true}, {"6.10.0", "zstd", true}, {"7.0.1", "zstd", true}, {"6.1.0-49-amd64", "zstd", false}, {"5.19", "zstd", false},
+		{"", "zstd", false}, {"6.1.0-49-amd64", "lz4", true}, {"6.1.0-49-amd64", "", true}} {
+		if err := checkKernel(c.version, c.compression); (err == nil) != c.ok {
+			t.Errorf("%s on %s: %v", c.compression, c.version, err)
+		}
+	}
+}

@@ -177,4 +177,22 @@ func TestGPU(t *testing.T) {
 	if out := verify(t, whole); !strings.Contains(out, "disk.verity.root_hash") {
 		t.Errorf("another answer changes nothing:\n%s", out)
 	}
+
+	// What a build that was killed had not yet stored is no fault; what people have
+	// stored stays.
+	reg, err := register.Open(r.settings)
+	if err != nil {
+		t.Fatal(err)
+	}
+	r.write(t, "kbs/repository/site/data/one", []byte("data"))
+	for range 2 {
+		if err := reg.ForgetCVM(t.Context(), rules[0]); err != nil {
+			t.Errorf("forget: %v", err)
+		}
+	}
+	for name, want := range map[string]bool{"keys/root/" + id: false, "keys/vault/" + id: false, "keys/canary/" + id: false, "site/data/one": true} {
+		if _, err := os.Stat(filepath.Join(r.dir, "kbs/repository", name)); (err == nil) != want {
+			t.Errorf("%s is there: %t, want %t", name, err == nil, want)
+		}
+	}
 }

@@ -26,6 +26,14 @@ type sealer struct {
 	size   int64 // of the payload
 }
 
+// most is what is counted to tell how large the drive must be; one that is smaller
+// by far is not worth the whole count.
+func (s *sealer) most() int64 { return s.size * 16 }
+
+func (s *sealer) farTooSmall() error {
+	return fmt.Errorf("%w: what it must hold is more than %d bytes", ErrTooSmall, s.most())
+}
+
 // allocate gives n bytes at off their places in the drive's file.
 func (s *sealer) allocate(off int64, n int) error {
 	return s.drive.Allocate(luks2.DataOffset+off, n)
@@ -68,7 +76,7 @@ type piece struct {
 }
 
 func newPayload(s *sealer, salt []byte, leaves io.WriterAt) *payload {
-	workers := max(2, min(runtime.GOMAXPROCS(0), maxWorkers))
+	workers := min(runtime.GOMAXPROCS(0)+2, maxWorkers) // some wait for the disk
 	p := &payload{
 		sealer: s, salt: salt, leaves: leaves,
 		full: make(chan piece, workers), free: make(chan []byte, 2*workers+1), quit: make(chan struct{}),
@@ -163,12 +171,11 @@ func (p *payload) put(off int64, blocks []byte) {
 // flush sends cur, which holds whole blocks, on its way.
 func (p *payload) flush() error {
 	off := p.off - int64(len(p.cur))
-	most := p.sealer.size * 16
 	switch {
 	case p.failed != nil:
 		return p.failed
-	case p.off > most: // a drive that is far too small is not worth the whole count
-		p.failed = fmt.Errorf("%w: what it must hold is more than %d bytes", ErrTooSmall, most)
+	case p.off > p.sealer.most():
+		p.failed = p.sealer.farTooSmall()
 		return p.failed
 	case p.off > p.sealer.size:
 		p.cur = p.cur[:0]

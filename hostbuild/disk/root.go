@@ -40,6 +40,9 @@ type RootParams struct {
 	Time       time.Time
 	Rand       io.Reader    // nil: crypto/rand. The same bytes give the same drive.
 	Cache      *cache.Cache // of converted layers; may be nil
+	// Compression of the layers, by mkfs.erofs: "lz4" or "zstd". Empty: none. The
+	// cache takes no compressed layers.
+	Compression string
 	// Progress is told of each stage how far it is, in bytes; "archive" is the
 	// only long one.
 	Progress func(stage string, done, total int64)
@@ -76,7 +79,8 @@ const scratchAlign = 1 << 20
 // rest. The archive streams through once. Its layers stay the tars they are, each
 // with an EROFS index, in /image/layers; /image/meta.tar is the rest of the image.
 //
-// The verity root hash depends on p.Files, p.Time and the archive alone.
+// The verity root hash depends on p.Files, p.Time and the archive alone; with
+// p.Compression on the version of mkfs.erofs besides.
 func BuildRoot(ctx context.Context, p RootParams) (*Root, error) {
 	if p.Rand == nil {
 		p.Rand = rand.Reader
@@ -88,6 +92,12 @@ func BuildRoot(ctx context.Context, p RootParams) (*Root, error) {
 	name := filepath.Join(p.Temp, "crypt_root") // for messages
 	if p.Size < luks2.DataOffset+MinScratch {
 		return nil, explain(name, fmt.Errorf("%w: %d bytes, with %d for the writable part alone", ErrTooSmall, p.Size, MinScratch))
+	}
+	if p.Compression != "" {
+		if err := checkCompression(ctx, p.Compression); err != nil {
+			return nil, err
+		}
+		p.Cache = nil
 	}
 	source := openSource(p)
 	defer source.close()
@@ -283,8 +293,12 @@ func (b *rootBuilder) image(ctx context.Context) (*archive.Result, error) {
 	if b.source.cached() {
 		return b.source.image, b.fromCache(ctx)
 	}
+	layer := b.layer
+	if b.p.Compression != "" {
+		layer = func(index int, r io.Reader) error { return b.packedLayer(ctx, index, r) }
+	}
 	image, err := archive.Read(ctx, b.p.Archive, archive.Options{
-		Ref: b.p.ImageRef, Layer: b.layer,
+		Ref: b.p.ImageRef, Layer: layer,
 		Progress: func(done, total int64) { b.p.Progress("archive", done, total) },
 	})
 	if err != nil {

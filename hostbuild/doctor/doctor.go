@@ -109,10 +109,12 @@ func (h Host) has(program string) bool {
 // baseTools looks for what makes a guest base.
 func (h Host) baseTools(without Status) []Finding {
 	const purpose = "to make a guest base"
-	fs := []Finding{
-		h.programs("erofs-utils", purpose, without, "mkfs.erofs"),
-		h.programs("apt", purpose, without, "apt-get"),
-		h.programs("dpkg", purpose, without, "dpkg-deb"),
+	fs := []Finding{h.programs("erofs-utils", purpose, without, "mkfs.erofs")}
+	for _, f := range []Finding{h.programs("apt", purpose, without, "apt-get"), h.programs("dpkg", purpose, without, "dpkg-deb")} {
+		if f.Status != OK { // nothing installs these two
+			f.Package, f.Do = "", "make the guest base on Debian or Ubuntu, or take one that was made elsewhere"
+		}
+		fs = append(fs, f)
 	}
 	const keyring = "debian-archive-keyring"
 	found := false

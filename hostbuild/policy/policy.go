@@ -17,6 +17,7 @@ package policy
 
 import (
 	"bytes"
+	"crypto/sha256"
 	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
@@ -190,6 +191,7 @@ default allow := false
 
 const (
 	beginMark = "# BEGIN coffer rules v1: written by hostbuild; do not edit up to the END line"
+	sumMark   = "# SHA-256 of what follows, up to the END line: "
 	endMark   = "# END coffer rules v1"
 	pathsVar  = "coffer_paths := "
 	cvmsVar   = "coffer_cvms := "
@@ -299,13 +301,21 @@ func renderBlock(rules []Rule) []byte {
 			paths["resource/"+p] = r.CVMID
 		}
 	}
-	var b bytes.Buffer
-	b.WriteString(beginMark + "\n" + pathsVar)
-	b.Write(object(paths))
-	b.WriteString("\n\n" + cvmsVar)
-	b.Write(object(cvms))
-	b.WriteString("\n\n" + tail + endMark + "\n")
-	return b.Bytes()
+	return seal(slices.Concat([]byte(pathsVar), object(paths), []byte("\n\n"+cvmsVar), object(cvms), []byte("\n\n"+tail)))
+}
+
+// seal makes a block of what it says. The digest tells an edit from the block of
+// another version of hostbuild.
+func seal(body []byte) []byte {
+	return fmt.Appendf(nil, "%s\n%s%x\n%s%s\n", beginMark, sumMark, sha256.Sum256(body), body, endMark)
+}
+
+// unseal returns what a block says, and whether its digest is right.
+func unseal(block []byte) (body []byte, ok bool) {
+	_, body, _ = bytes.Cut(block, []byte("\n"+sumMark))
+	_, body, _ = bytes.Cut(body, []byte("\n"))
+	body = bytes.TrimSuffix(body, []byte(endMark+"\n"))
+	return body, bytes.Equal(seal(body), block)
 }
 
 // object writes JSON with sorted keys, which is also Rego.
@@ -321,9 +331,11 @@ func object(v any) []byte {
 // hostbuild writes it.
 var ErrBlock = errors.New("the block of coffer rules is damaged")
 
-// parseBlock reads a block. It accepts exactly what renderBlock writes.
+// parseBlock reads a block that renderBlock wrote, of this version of hostbuild or
+// of an earlier one.
 func parseBlock(block []byte) (Rules, error) {
-	_, rest, ok := bytes.Cut(block, []byte("\n"+cvmsVar))
+	body, sealed := unseal(block)
+	_, rest, ok := bytes.Cut(body, []byte("\n"+cvmsVar))
 	if !ok {
 		return nil, fmt.Errorf("%w: no line %q", ErrBlock, cvmsVar)
 	}
@@ -333,6 +345,8 @@ func parseBlock(block []byte) (Rules, error) {
 	if err := dec.Decode(&cvms); err != nil {
 		if errors.Is(err, io.EOF) || errors.Is(err, io.ErrUnexpectedEOF) {
 			err = errors.New("it ends too early")
+		} else if sealed {
+			err = fmt.Errorf("another version of hostbuild wrote it, use that one: %w", err)
 		}
 		return nil, fmt.Errorf("%w: %s: %w", ErrBlock, cvmsVar, err)
 	}
@@ -356,13 +370,13 @@ func parseBlock(block []byte) (Rules, error) {
 			return nil, fmt.Errorf("%w: %w", ErrBlock, err)
 		}
 	}
-	want := renderBlock(rules)
-	if bytes.Equal(want, block) {
+	if sealed {
 		return rules, nil
 	}
-	line := 1
-	for i := 0; i < len(block) && i < len(want) && block[i] == want[i]; i++ {
-		if block[i] == '\n' {
+	want, _ := unseal(renderBlock(rules))
+	line := 3 // the first of the body
+	for i := 0; i < len(body) && i < len(want) && body[i] == want[i]; i++ {
+		if body[i] == '\n' {
 			line++
 		}
 	}

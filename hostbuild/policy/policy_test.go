@@ -541,6 +541,30 @@ func TestFolderRefuses(t *testing.T) {
 	}
 }
 
+// A new hostbuild takes over the block of an old one, whose rules said less, and
+// an old one refuses that of a new one.
+func TestFolderOfAnotherVersion(t *testing.T) {
+	body, _ := unseal(renderBlock(mustRules(t, Rule{CVMID: "one", Paths: []string{"keys/root/one"}, Digests: [][48]byte{digest(1)}})))
+	gpus := "\t\t\"gpus\": {},\n"
+	if !strings.Contains(string(body), gpus) {
+		t.Fatalf("no %q in\n%s", gpus, body)
+	}
+	old := strings.Replace(string(body), gpus, "", 1)
+	old = old[:strings.Index(old, "coffer_asked")] + "allow := false\n"
+	f := openFolder(t, head+string(seal([]byte(old))))
+	if _, err := f.Update(t.Context(), put("two"), nil); err != nil {
+		t.Fatal(err)
+	}
+	text, err := f.Text()
+	if err != nil || !allows(t, text, true, "keys/root/one", map[string]any{"snp": snpClaims(digest(1), true)}) {
+		t.Errorf("%v: the old rule does not hold in\n%s", err, text)
+	}
+	f = openFolder(t, head+string(seal([]byte(strings.Replace(string(body), gpus, gpus+"\t\t\"phase_of_the_moon\": 1,\n", 1)))))
+	if _, err := f.Update(t.Context(), put("two"), nil); !errors.Is(err, ErrBlock) || !strings.Contains(err.Error(), "another version") {
+		t.Errorf("a rule that says more: %v", err)
+	}
+}
+
 func TestFolderKeepsMasterWhenApplyFails(t *testing.T) {
 	f := openFolder(t, "")
 	ctx := context.Background()
@@ -629,8 +653,14 @@ func FuzzParseBlock(f *testing.F) {
 		Rule{CVMID: "two", Paths: []string{"keys/root/two"}, TEE: TEESample})))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		rules, err := parseBlock(b)
-		if err == nil && !bytes.Equal(renderBlock(rules), b) {
-			t.Error("a block was accepted that hostbuild does not write")
+		if err != nil {
+			return
+		}
+		if _, sealed := unseal(b); !sealed {
+			t.Error("a block was accepted that hostbuild did not write")
+		}
+		if again, err := parseBlock(renderBlock(rules)); err != nil || !bytes.Equal(renderBlock(again), renderBlock(rules)) {
+			t.Errorf("what was read from a block is not what is written: %v", err)
 		}
 	})
 }

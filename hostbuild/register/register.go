@@ -85,8 +85,12 @@ func raise(settings map[string]policy.TCB, cvm policy.TCB) map[string]policy.TCB
 	return min
 }
 
-// Check asks the KBS for its policy, which it gives to its admin alone.
+// Check asks the KBS for its policy, which it gives to its admin alone, and reads
+// the rules in the policy folder.
 func (r *Registrar) Check(ctx context.Context) error {
+	if _, err := r.folder.Rules(); err != nil {
+		return err
+	}
 	_, err := r.admin.ResourcePolicy(ctx)
 	if err != nil && !errors.Is(err, kbsclient.ErrNotSupported) {
 		return fmt.Errorf("%s: %w", r.where, err)
@@ -134,7 +138,8 @@ func (r *Registrar) ForgetCVM(ctx context.Context, rule policy.Rule) error {
 		if !strings.HasPrefix(p, "keys/") {
 			continue // a resource that people have put there
 		}
-		if derr := r.admin.DeleteResource(ctx, p); derr != nil && !errors.Is(derr, kbsclient.ErrNotSupported) {
+		derr := r.admin.DeleteResource(ctx, p)
+		if derr != nil && !errors.Is(derr, kbsclient.ErrNotSupported) && !errors.Is(derr, kbsclient.ErrNoResource) {
 			err = errors.Join(err, derr)
 		}
 	}

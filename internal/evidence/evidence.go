@@ -17,6 +17,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
+	"slices"
 
 	"coffer/internal/snp"
 )
@@ -70,7 +71,7 @@ type source struct {
 }
 
 // Carry gives a source certificates of chips, in DER: where one of them has signed
-// a report, it takes the place of what the host says. It is called before the
+// a report, it takes the place of the one that the host says. It is called before the
 // source is used. A source of another package has no use for them.
 func Carry(s Source, certs [][]byte) error {
 	own, ok := s.(*source)
@@ -94,7 +95,9 @@ func (s *source) table(report, host []byte) []byte {
 	}
 	for _, c := range s.carried {
 		if r.SignedBy(c) {
-			return snp.MarshalCertTable([]snp.Cert{{Type: snp.VCEK, Data: c.Raw}})
+			certs, _ := snp.ParseCertTable(host) // it may be anything
+			certs = slices.DeleteFunc(certs, func(c snp.Cert) bool { return c.Type == snp.VCEK || c.Type == snp.VLEK })
+			return snp.MarshalCertTable(append(certs, snp.Cert{Type: snp.VCEK, Data: c.Raw}))
 		}
 	}
 	return host

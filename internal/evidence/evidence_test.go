@@ -233,7 +233,8 @@ func TestCarry(t *testing.T) {
 		t.Fatal("a chip without a certificate")
 		return nil
 	}
-	host := snp.MarshalCertTable([]snp.Cert{{Type: snp.ASK, Data: bytes.Repeat([]byte{1}, 40)}})
+	ask := snp.Cert{Type: snp.ASK, Data: bytes.Repeat([]byte{1}, 40)}
+	host := snp.MarshalCertTable([]snp.Cert{ask, {Type: snp.VCEK, Data: bytes.Repeat([]byte{2}, 40)}})
 	for _, tc := range []struct {
 		name    string
 		carried [][]byte
@@ -241,7 +242,7 @@ func TestCarry(t *testing.T) {
 	}{
 		{"none", nil, host},
 		{"of another chip", [][]byte{vcek(other)}, host},
-		{"of this chip", [][]byte{vcek(other), vcek(chip)}, snp.MarshalCertTable([]snp.Cert{{Type: snp.VCEK, Data: vcek(chip)}})},
+		{"of this chip", [][]byte{vcek(other), vcek(chip)}, snp.MarshalCertTable([]snp.Cert{ask, {Type: snp.VCEK, Data: vcek(chip)}})},
 	} {
 		s := newSource(TEESNP, true, func(_ context.Context, data [64]byte, vmpl int) ([]byte, []byte, error) {
 			r, err := chip.Report([48]byte{1}, data, uint32(vmpl))

@@ -179,7 +179,7 @@ func (l *gpuLine) bootGPUs(t *testing.T, b *harness.Bundle, n int) (*guest, *gpu
 	}
 	go driver.Serve(listener)
 	t.Cleanup(func() { listener.Close() })
-	l.env.BootEnv = []string{"COFFER_SIM_GPUS=" + socket, "COFFER_SIM_NO_CERTS=yes"}
+	l.env.BootEnv = []string{"COFFER_SIM_GPUS=" + socket, "COFFER_SIM_NO_VCEK=yes"}
 	return boot(t, b), driver
 }
 
@@ -192,7 +192,8 @@ func TestGPUs(t *testing.T) {
 	required := l.build(t, "required", "  required: true\n  count: 1\n  ocsp: allow_cached\n  ocsp_answers: "+l.ocsp+"\n")
 	any := l.build(t, "any", "  mode: local\n  ocsp: off\n") // many signatures, which take their time without hardware
 	t.Run("Vault", func(t *testing.T) { l.vault(t, required) })
-	t.Run("VaultWithoutGPUs", func(t *testing.T) { l.refusedVault(t, required) })
+	judged := l.build(t, "judged", "  required: true\n  mode: trustee\n  ocsp: off\n") // by the KBS alone
+	t.Run("VaultWithoutGPUs", func(t *testing.T) { l.refusedVault(t, judged) })
 	old := l.all[0].NewReport([32]byte{9}).Sign(l.all[0].Chain[0].Key)
 	for _, c := range []struct {
 		name   string
@@ -201,8 +202,8 @@ func TestGPUs(t *testing.T) {
 		wrong  func(*gpusim.Driver)
 	}{
 		{"OneOfEightTurnsBad", 8, `GPU 5: .*vbios 3 \[measurement-mismatch\]`, func(d *gpusim.Driver) { d.Bad[5] = 3 }},
-		{"NinthGPU", 8, `\[device-changed\]`, func(d *gpusim.Driver) { d.Devices = l.all[:9] }},
-		{"OneOfTwoIsReplaced", 2, `\[device-changed\]`, func(d *gpusim.Driver) { d.Devices = l.all[1:3] }},
+		{"NinthGPU", 8, `further: \d+; missing: none \[device-changed\]`, func(d *gpusim.Driver) { d.Devices = l.all[:9] }},
+		{"OneOfTwoIsReplaced", 2, `further: \d+; missing: \d+ \[device-changed\]`, func(d *gpusim.Driver) { d.Devices = l.all[1:3] }},
 		{"Lost", 2, `is lost|error of the fake NVML \(15\) \[nvml\]`, func(d *gpusim.Driver) { d.Returns['R'] = 15 }},
 		{"WrongNonce", 1, `\[report-nonce\]`, func(d *gpusim.Driver) { d.Nonce = &[32]byte{2} }},
 		{"Replayed", 1, `\[report-nonce\]`, func(d *gpusim.Driver) { d.Replay = old }},
@@ -244,18 +245,23 @@ func (l *gpuLine) turnsBad(t *testing.T, b *harness.Bundle, n int, reason string
 	})
 }
 
-// refusedVault has the GPUs of another maker: the KBS judges for itself, and gives
-// the root's key and nothing else.
+// refusedVault has a GPU of another maker: the KBS gives the root's key, and for
+// evidence with that GPU nothing.
 func (l *gpuLine) refusedVault(t *testing.T, b *harness.Bundle) {
 	g, driver := l.bootGPUs(t, b, 1)
 	driver.Edit(func(d *gpusim.Driver) { d.Devices = []*gpusim.Device{gpusim.NewWorld().NewDevice(gpu.Hopper)} })
 	seen := len(l.kbs.Log.All())
-	g.refused("attest", "E_ATTESTATION", "chain-root")
+	g.refused("attest", "E_ATTESTATION", "round 1 was negative")
 	var released []string
+	judged := false
 	for _, line := range l.kbs.Log.All()[seen:] {
+		judged = judged || strings.Contains(line, "[chain-root]")
 		if strings.Contains(line, "verdict=released") {
 			released = append(released, line)
 		}
+	}
+	if !judged {
+		t.Errorf("the KBS says nothing of the GPU:\n%s", l.kbs.Log.Text())
 	}
 	if len(released) != 1 || !strings.Contains(released[0], "keys/root/"+b.ID) {
 		t.Errorf("released: %q", released)
@@ -269,6 +275,7 @@ func (l *gpuLine) refusedVault(t *testing.T, b *harness.Bundle) {
 
 func (l *gpuLine) vault(t *testing.T, b *harness.Bundle) {
 	g, driver := l.bootGPUs(t, b, 1)
+	g.expect(`certificate of this chip from="host"`) // the bundle's, in the host's place
 	g.expect(`gpu: 1 attested`)
 	g.expect(`gpu: /vault is open`)
 	g.expect(`gpu: ready`)

@@ -56,6 +56,7 @@ func TestNVIDIA(t *testing.T) {
 	write(t, yaml, fmt.Appendf(nil, `root_drive_size: 1
 docker_archive: %s
 memory_mib: 1024
+allowed_out_ports: [443]
 cc_gpu_mechanism: nvidia_cc
 gpu:
   count: 1

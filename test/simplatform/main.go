@@ -25,6 +25,7 @@ import (
 	"net"
 	"os"
 	"os/signal"
+	"slices"
 	"syscall"
 	"time"
 
@@ -147,10 +148,11 @@ func serveOne(ctx context.Context, l net.Listener, chip *simsnp.Chip, digest [48
 			if err != nil {
 				return nil, nil, err
 			}
-			if os.Getenv("COFFER_SIM_NO_CERTS") != "" { // as most hosts do
-				return r.Marshal(), nil, nil
+			list := chip.Certs()
+			if os.Getenv("COFFER_SIM_NO_VCEK") != "" { // as hosts that have none do
+				list = slices.DeleteFunc(list, func(c snp.Cert) bool { return c.Type == snp.VCEK })
 			}
-			return r.Marshal(), snp.MarshalCertTable(chip.Certs()), nil
+			return r.Marshal(), snp.MarshalCertTable(list), nil
 		})
 	}
 	if ctx.Err() != nil {

@@ -499,8 +499,20 @@ func FuzzAddTar(f *testing.F) {
 		if err != nil {
 			return
 		}
-		if _, err := list(b); err != nil {
+		want, err := list(b)
+		if err != nil {
 			t.Fatalf("the oracle cannot read the image: %v", err)
+		}
+		// The plain form of it is the same tree.
+		var plain bytes.Buffer
+		if err := New(512, treeTime).CopyTar(bytes.NewReader(tarball), &plain); err != nil {
+			return // archive/tar writes less than it reads
+		}
+		if b, err = blob(plain.Bytes()); err != nil {
+			t.Fatalf("the plain form is refused: %v", err)
+		}
+		if got, err := list(b); err != nil || !maps.Equal(got, want) {
+			t.Errorf("the plain form gives\n%v, %v\nwant\n%v", got, err, want)
 		}
 	})
 }

@@ -9,6 +9,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"strings"
 	"testing"
 	"time"
 
@@ -194,4 +195,43 @@ func TestErrors(t *testing.T) {
 	if err := Make(ctx, fresh(t, 64<<20).Name(), Options{Time: now}); !errors.Is(err, context.Canceled) {
 		t.Errorf("cancelled: %v", err)
 	}
+}
+
+func FuzzMetadata(f *testing.F) {
+	image := fresh(f, 64<<20)
+	head := make([]byte, 2*BlockSize)
+	if _, err := image.ReadAt(head, 0); err != nil {
+		f.Fatal(err)
+	}
+	f.Add(head[1024:2048], head[BlockSize:], int64(64<<20))
+	f.Fuzz(func(t *testing.T, super, groups []byte, size int64) {
+		b := make([]byte, BlockSize+len(groups))
+		copy(b[1024:BlockSize], super)
+		copy(b[BlockSize:], groups)
+		size = min(max(size, 0), 1<<44)
+		extents, err := usedMetadata(bytes.NewReader(b), size)
+		if err != nil {
+			return
+		}
+		for _, e := range join(extents) {
+			if e.Off < 0 || e.Len <= 0 || e.Off > size || e.Len > size-e.Off {
+				t.Errorf("%+v of a file system of %d bytes", e, size)
+			}
+		}
+	})
+}
+
+func FuzzListing(f *testing.F) {
+	f.Add("/2/040755/0/0/./4096/\n/12/100644/0/0/a b/5/\n/13/040700/0/0/d//\n")
+	f.Fuzz(func(t *testing.T, text string) {
+		list, err := parseListing(strings.NewReader(text))
+		if err != nil {
+			return
+		}
+		for _, e := range list {
+			if e.Name == "." || e.Name == ".." || strings.ContainsAny(e.Name, "/\n") {
+				t.Errorf("a name %q", e.Name)
+			}
+		}
+	})
 }

@@ -125,8 +125,15 @@ func List(ctx context.Context, image, dir string) ([]Entry, error) {
 	if err := run(ctx, time.Now(), nil, &out, "debugfs", "-R", "ls -p "+q, image); err != nil {
 		return nil, err
 	}
+	return parseListing(&out)
+}
+
+// parseListing reads what `ls -p` of debugfs prints. The names come from drives that
+// hosts have written to: they may hold anything, line ends included, which makes
+// entries that are not there.
+func parseListing(r io.Reader) ([]Entry, error) {
 	var list []Entry
-	sc := bufio.NewScanner(&out)
+	sc := bufio.NewScanner(r)
 	for sc.Scan() {
 		// /inode/mode/uid/gid/name/size/, the last but for directories
 		f := strings.Split(sc.Text(), "/")

@@ -64,7 +64,7 @@ func Data(f *os.File) ([]Extent, error) {
 
 // usedMetadata reads superblock and group descriptors (Documentation/filesystems/ext4
 // of the kernel).
-func usedMetadata(f *os.File, size int64) ([]Extent, error) {
+func usedMetadata(f io.ReaderAt, size int64) ([]Extent, error) {
 	sb := make([]byte, 1024)
 	if _, err := f.ReadAt(sb, 1024); err != nil {
 		return nil, err
@@ -86,7 +86,7 @@ func usedMetadata(f *os.File, size int64) ([]Extent, error) {
 	case u16(sb, 0x38) != magic:
 		return nil, errors.New("no ext4 superblock")
 	case u32(sb, 0x18) != 2 || incompat&incompat64bit == 0 || incompat&incompatMetaBG != 0 || descSize != 64,
-		perGroup != 8*BlockSize, inodesPerGroup == 0, inodeSize != 256, blocks*BlockSize > size:
+		perGroup != 8*BlockSize, inodesPerGroup == 0, inodeSize != 256, blocks < 0 || blocks > size/BlockSize:
 		return nil, errors.New("not a file system as this package makes them")
 	}
 	groups := (blocks + perGroup - 1) / perGroup
