@@ -115,8 +115,8 @@ func (s *shell) run(ctx context.Context, block string) error {
 var checks = map[string]func(t *testing.T, dir string){
 	"Start": func(t *testing.T, dir string) {
 		const verified = "SNPAuthorizer - INFO - Check nonce passed"
-		want(t, dir, "server1/cvm_*/console.log", "allowed ports in=8002/tcp out=443/tcp, and", verified)
-		want(t, dir, "site-1/cvm_*/console.log", "allowed ports in=none out=8002/tcp,443/tcp, and", verified)
+		want(t, dir, "server1/cvm_*/console.log", "allowed ports in=8002/tcp out=443/tcp platform", verified)
+		want(t, dir, "site-1/cvm_*/console.log", "allowed ports in=none out=8002/tcp,443/tcp platform", verified)
 		want(t, dir, "site-1.out", "phase=key status=ok")
 	},
 	"A job": func(t *testing.T, dir string) {
