@@ -67,7 +67,7 @@ type Deps struct {
 	Hostname   func(string) error
 	Firewall   func(firewall.Rules) error
 	Network    func(context.Context, *guestconfig.Static) (*netup.Network, error)
-	Lookup     func(ctx context.Context, host string) ([]netip.Addr, error)
+	Lookup     func(ctx context.Context, host string) ([]netip.Addr, error) // not more than the firewall should let through
 	Attach     func(context.Context, drives.Mount) error
 	Detach     func(target string) error
 	Share      func(drive string) error // mounts below it show up in containers

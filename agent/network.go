@@ -37,9 +37,6 @@ type network struct {
 	rules firewall.Rules
 }
 
-// maxPeers bounds the addresses of the KBS that are used.
-const maxPeers = 8
-
 func newNetwork(d Deps, cfg *guestconfig.Config, resolvers []string) (*network, error) {
 	u, err := url.Parse(cfg.KBS.URL)
 	if err != nil {
@@ -96,7 +93,7 @@ func (n *network) findKBS(ctx context.Context) error {
 		return fmt.Errorf("%w: look up %s: %w", kbsclient.ErrUnreachable, n.host, err)
 	}
 	var peers []netip.AddrPort
-	for _, a := range addrs[:min(len(addrs), maxPeers)] {
+	for _, a := range addrs {
 		peers = append(peers, netip.AddrPortFrom(a.Unmap(), n.port))
 	}
 	n.mu.Lock()

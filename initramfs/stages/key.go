@@ -21,7 +21,6 @@ const (
 	// keyPatience is how long an unreachable KBS is asked again.
 	keyPatience = 60 * time.Second
 	keyPause    = time.Second // between two attempts
-	maxPeers    = 8           // addresses of the KBS that are tried
 )
 
 // errPassphrase says no more about the resource than its length.
@@ -69,7 +68,7 @@ func (g *guest) askKBS(ctx context.Context, host string, port uint16) ([]byte, e
 		return nil, fmt.Errorf("%w: look up %s: %w", kbsclient.ErrUnreachable, host, err)
 	}
 	var peers []netip.AddrPort
-	for _, a := range addrs[:min(len(addrs), maxPeers)] {
+	for _, a := range addrs {
 		peers = append(peers, netip.AddrPortFrom(a.Unmap(), port))
 	}
 	if err := g.Firewall(firewall.Rules{DHCP: g.dhcp(), DNS: g.net.DNS, KBS: peers}); err != nil {

@@ -50,7 +50,7 @@ type Deps struct {
 	Evidence  func(platform, tee string) (evidence.Source, error)
 	Firewall  func(firewall.Rules) error
 	Network   func(context.Context, *guestconfig.Static) (*netup.Network, error)
-	Lookup    func(ctx context.Context, host string) ([]netip.Addr, error)
+	Lookup    func(ctx context.Context, host string) ([]netip.Addr, error) // not more than the firewall should let through
 	// FetchKey returns the resource at kbs.KeyPath. It connects to peers only.
 	FetchKey func(ctx context.Context, kbs guestconfig.KBS, peers []netip.AddrPort, a kbsclient.Attester) ([]byte, error)
 	// OpenDisk returns the device of the decrypted payload.

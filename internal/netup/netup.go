@@ -55,12 +55,22 @@ func Configure(ctx context.Context, static *guestconfig.Static) (*Network, error
 	return configure(ctx, static, ethernet)
 }
 
-// Lookup resolves a host name with the resolvers of Network, or reads an address.
+// MaxAddresses bounds what Lookup returns: each address opens a door in the
+// firewall, and is tried.
+const MaxAddresses = 8
+
+// Lookup resolves a host name with /etc/hosts and the resolvers of Network, or
+// reads an address. It returns the first MaxAddresses, IPv4 perhaps mapped to IPv6.
+//
+// The host gives these answers, so they prove nothing: who answers at an address
+// does, by its certificate. That is why no address is refused, not even loopback,
+// where a program of our own would have to hold the KBS's key.
 func Lookup(ctx context.Context, host string) ([]netip.Addr, error) {
 	if a, err := netip.ParseAddr(host); err == nil {
 		return []netip.Addr{a}, nil
 	}
-	return net.DefaultResolver.LookupNetIP(ctx, "ip", host)
+	addrs, err := net.DefaultResolver.LookupNetIP(ctx, "ip", host)
+	return addrs[:min(len(addrs), MaxAddresses)], err
 }
 
 // configure takes the interface that card returns; nil means that none is there yet.
