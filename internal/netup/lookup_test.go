@@ -409,6 +409,8 @@ func TestHostileDNS(t *testing.T) {
 		})
 	})
 
+	s.mu.Lock()
+	defer s.mu.Unlock()
 	// No domain is ever put behind a name, however short it is and whatever failed.
 	for name := range s.asked {
 		if !meant[name] {
