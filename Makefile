@@ -137,7 +137,7 @@ soak: bin/hostbuild bin/simplatform
 # takes cargo 6 minutes of CPU time; what that answers to us lies in internal/snpguest/testdata, too.
 test-oracles: deps
 	@test -x build/oracles/bin/sev-snp-measure || { python3 -m venv build/oracles && build/oracles/bin/pip install -q sev-snp-measure==0.0.13; }
-	@test -x build/oracles/bin/snpguest || cargo install -q snpguest --version 0.9.2 --locked --root build/oracles || echo "test-oracles: SKIPPED: snpguest: no cargo, or no crate index"
+	@test -x build/oracles/bin/snpguest || cargo install --debug -q snpguest --version 0.9.2 --locked --root build/oracles || echo "test-oracles: SKIPPED: snpguest: no cargo, or no crate index"
 	PATH=$(CURDIR)/build/oracles/bin:$$PATH COFFER_TEST_OVMF=$(wildcard $(CURDIR)/build/base/snp/OVMF.amdsev.fd) \
 	COFFER_SNPGUEST_ORACLE=$(CURDIR)/build/oracles/bin/snpguest $(GO) test -count=1 -v -run Oracle ./internal/measure ./internal/snp/idblock
 	@test ! -x build/oracles/bin/snpguest || COFFER_SNPGUEST_ORACLE=$(CURDIR)/build/oracles/bin/snpguest $(GO) test -count=1 ./internal/snpguest

@@ -124,6 +124,12 @@ func (k *Kit) ShutPort(in, out []guestconfig.Port) string {
 	data, err := readSmall(filepath.Join(k.dir, "startup", "fed_"+k.role+".json"))
 	var doc struct {
 		Servers []struct{ Service struct{ Target string } }
+		// A client's of NVFlare before 2.9: HOST:PORT:ADMIN_PORT.
+		Agent struct {
+			Args struct {
+				Server string `json:"sp_end_point"`
+			}
+		} `json:"overseer_agent"`
 	}
 	if err != nil || json.Unmarshal(data, &doc) != nil {
 		return ""
@@ -133,10 +139,14 @@ func (k *Kit) ShutPort(in, out []guestconfig.Port) string {
 		key, does, open = "allowed_ports", "is reached at", in
 	}
 	for _, s := range doc.Servers {
-		_, text, _ := net.SplitHostPort(s.Service.Target)
+		target := s.Service.Target
+		if target == "" {
+			target = doc.Agent.Args.Server[:max(0, strings.LastIndexByte(doc.Agent.Args.Server, ':'))]
+		}
+		_, text, _ := net.SplitHostPort(target)
 		port, err := strconv.ParseUint(text, 10, 16)
 		if err == nil && !slices.Contains(open, guestconfig.Port{Port: uint16(port), Proto: "tcp"}) {
-			return fmt.Sprintf("%s has no %d: this site %s %s, and the guest's firewall will shut it", key, port, does, s.Service.Target)
+			return fmt.Sprintf("%s has no %d: this site %s %s, and the guest's firewall will shut it", key, port, does, target)
 		}
 	}
 	return ""

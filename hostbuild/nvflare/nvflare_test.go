@@ -113,4 +113,21 @@ func TestShutPort(t *testing.T) {
 			t.Errorf("%s, %v, %v: %q, want %q", tc.role, tc.in, tc.out, got, tc.want)
 		}
 	}
+
+	// A client's of NVFlare 2.7 names the server elsewhere.
+	dir := makeKit(t, flarekit.Kit{Role: "client"})
+	k, err := Check(dir, nil)
+	if err != nil {
+		t.Fatal(err)
+	}
+	old := `{"servers": [{"service": {"scheme": "grpc"}}], "overseer_agent": {"args": {"sp_end_point": "server1:8002:8003"}}}`
+	if err := os.WriteFile(filepath.Join(dir, "startup/fed_client.json"), []byte(old), 0o644); err != nil {
+		t.Fatal(err)
+	}
+	if got := k.ShutPort(open, open); got != "" {
+		t.Errorf("2.7, open: %q", got)
+	}
+	if got := k.ShutPort(open, shut); !strings.Contains(got, "connects to server1:8002,") {
+		t.Errorf("2.7, shut: %q", got)
+	}
 }
