@@ -507,6 +507,7 @@ func (c *Config) Validate() error {
 	for _, r := range c.API.Resources {
 		check(resource.MatchString(r), "api.resources: %q is not repository/type/tag", r)
 		check(path.Dir(r) != path.Dir(c.KBS.KeyPath) && r != c.KBS.CanaryPath, "api.resources: %q: the workload gets no disk's key and no canary", r)
+		check(c.GPU == nil || c.GPU.VaultKeyPath == "" || path.Dir(r) != path.Dir(c.GPU.VaultKeyPath), "api.resources: %q: the workload gets no key of /vault", r)
 	}
 	for _, t := range c.ACPITables {
 		check(ValidACPITable(t), "acpi_tables: %q is not a table's signature", t)
