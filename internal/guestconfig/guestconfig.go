@@ -41,7 +41,7 @@ const (
 	// NVIDIAPath is the EROFS, in the verity root of a guest with a driver, that
 	// becomes its /usr.
 	NVIDIAPath = "/nvidia.erofs"
-	// AgentPath is the program that init hands over to, in the verity root.
+	// AgentPath is the program that init starts and watches, in the verity root.
 	AgentPath = "/bin/agent"
 	// HandoverPath is where init leaves a Handover for the agent.
 	HandoverPath = "/run/coffer/handover.json"
