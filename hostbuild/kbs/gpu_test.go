@@ -4,6 +4,7 @@ import (
 	"context"
 	"encoding/base64"
 	"encoding/json"
+	"errors"
 	"os"
 	"path/filepath"
 	"strings"
@@ -140,5 +141,19 @@ func TestDevicesAreCovered(t *testing.T) {
 	}
 	if a := g.attest(g.attestBody(sampleEvidence(bound{nonce: g.nonce, key: g.jwk, additional: text}.digest()), text)); a.status != 200 {
 		t.Errorf("%d %s\n%s", a.status, a.body, r.log)
+	}
+}
+
+// TestDevicesStayAwayFromT: what the guest's client sends this KBS is what it would
+// send Trustee of that generation.
+func TestDevicesStayAwayFromT(t *testing.T) {
+	r := newRig(t, Options{Dialect: DialectT})
+	client, err := kbsclient.New(kbsclient.Config{URL: r.url, RootCAs: must(os.ReadFile(filepath.Join(r.dir, caCertFile))), Now: r.clock.now})
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = client.Attest(t.Context(), gpus{devices: []*gpusim.Device{gpusim.NewWorld().NewDevice(gpu.Hopper)}})
+	if !errors.Is(err, kbsclient.ErrOldKBS) || strings.Contains(r.log.String(), "action=attest") {
+		t.Errorf("%v\n%s", err, r.log)
 	}
 }
