@@ -43,8 +43,18 @@ func TestInitAndNew(t *testing.T) {
 		t.Fatal(err)
 	}
 	key, _ := os.ReadFile(filepath.Join(dir, adminKeyFile))
-	if err := Init(dir, Options{Hosts: []string{"x"}}); err == nil || !strings.Contains(err.Error(), "not empty") {
+	if err := Init(dir, Options{Hosts: []string{"x"}}); err == nil || !strings.Contains(err.Error(), "not an empty folder") {
 		t.Errorf("second Init: %v", err)
+	}
+	file := filepath.Join(t.TempDir(), "notes.txt")
+	if err := os.WriteFile(file, []byte("mine"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := Init(file, Options{Hosts: []string{"x"}}); err == nil || !strings.Contains(err.Error(), "not an empty folder") {
+		t.Errorf("Init in the place of a file: %v", err)
+	}
+	if b, _ := os.ReadFile(file); string(b) != "mine" {
+		t.Error("Init has removed a file")
 	}
 	if again, _ := os.ReadFile(filepath.Join(dir, adminKeyFile)); !bytes.Equal(key, again) {
 		t.Error("a second Init changed the keys")
