@@ -195,7 +195,7 @@ func (s *Server) open(o Options) error {
 	if s.store, err = openStore(o.Dir); err != nil {
 		return err
 	}
-	s.verify, err = reportVerifier(o, s.dialect, s.store, s.now)
+	s.verify, err = reportVerifier(o, s.dialect, s.store, s.now, s.log)
 	return err
 }
 
