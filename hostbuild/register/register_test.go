@@ -12,6 +12,7 @@ import (
 	"strings"
 	"testing"
 
+	"coffer/hostbuild/bundle"
 	"coffer/hostbuild/kbs"
 	"coffer/hostbuild/policy"
 	"coffer/hostbuild/settings"
@@ -196,6 +197,33 @@ func TestMinTCBReachesRules(t *testing.T) {
 		os.WriteFile(st.file, append(b, bad...), 0o600)
 		if _, err := settings.Read(st.file); err == nil || !strings.Contains(err.Error(), "min_tcb") {
 			t.Errorf("%s: %v", bad, err)
+		}
+	}
+}
+
+// TestRuleOfOwnResources: a manifest that was changed cannot claim the key of
+// another CVM, one whose rule is gone included.
+func TestRuleOfOwnResources(t *testing.T) {
+	r := newSite(t, kbs.Options{}).open()
+	own := func() *bundle.Manifest {
+		return &bundle.Manifest{CVMID: "cvm_0123456789ab", TEE: "snp", LaunchDigests: []bundle.LaunchDigest{{Digest: strings.Repeat("ab", 48)}},
+			KBS: bundle.KBS{KeyPath: "keys/root/cvm_0123456789ab", CanaryPath: "keys/canary/cvm_0123456789ab",
+				VaultKeyPath: "keys/vault/cvm_0123456789ab", GPUResources: []string{"site/data/key"}}}
+	}
+	if rule, err := r.RuleOf(own()); err != nil || len(rule.Paths) != 4 {
+		t.Errorf("its own: %v, %v", rule.Paths, err)
+	}
+	for name, change := range map[string]func(m *bundle.Manifest){
+		"key":      func(m *bundle.Manifest) { m.KBS.KeyPath = "keys/root/cvm_ba9876543210" },
+		"canary":   func(m *bundle.Manifest) { m.KBS.CanaryPath = "keys/root/cvm_ba9876543210" },
+		"vault":    func(m *bundle.Manifest) { m.KBS.VaultKeyPath = "keys/root/cvm_ba9876543210" },
+		"resource": func(m *bundle.Manifest) { m.KBS.GPUResources = []string{"keys/root/cvm_ba9876543210"} },
+		"id":       func(m *bundle.Manifest) { m.CVMID = "cvm_ba9876543210" },
+	} {
+		m := own()
+		change(m)
+		if rule, err := r.RuleOf(m); !errors.Is(err, ErrForeign) {
+			t.Errorf("another CVM's, by %s: %v, %v", name, rule.Paths, err)
 		}
 	}
 }
