@@ -263,6 +263,16 @@ func TestHook(t *testing.T) {
 	if _, err := Open(st.s); err == nil || !strings.Contains(err.Error(), "chmod o-w") {
 		t.Errorf("a hook that everybody may write: %v", err)
 	}
+	st.write("set-policy.sh", "#!/bin/sh\nexit 1\n", 0o755)
+	if err := os.Chmod(st.policy, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Open(st.s); err == nil || !strings.Contains(err.Error(), st.policy+" can be written by everybody") {
+		t.Errorf("a folder in which everybody may put a hook: %v", err)
+	}
+	if err := os.Chmod(st.policy, 0o755); err != nil {
+		t.Fatal(err)
+	}
 	st.write("set-policy.sh", "#!/bin/sh\nexit 1\n", 0o644) // no hook: hostbuild uploads
 	if err := st.open().AddRule(t.Context(), rule("two")); err != nil || !bytes.Equal(st.master(), st.held()) {
 		t.Errorf("a file that is not executable: %v", err)
