@@ -10,6 +10,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
 	"coffer/hostbuild/bundle"
@@ -281,10 +282,21 @@ func TestHook(t *testing.T) {
 
 func TestHookIsKilled(t *testing.T) {
 	st := newSite(t, kbs.Options{})
-	st.write("set-policy.sh", "#!/bin/sh\nexec sleep 600\n", 0o755)
+	up := filepath.Join(st.policy, "up")
+	if err := syscall.Mkfifo(up, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	st.write("set-policy.sh", "#!/bin/sh\necho it runs >up\nexec sleep 600\n", 0o755)
 	ctx, cancel := context.WithCancel(t.Context())
-	cancel()
-	if err := st.open().hook.run(ctx); !errors.Is(err, context.Canceled) {
-		t.Errorf("run: %v, want Canceled", err)
+	defer cancel()
+	go func() {
+		if b, err := os.ReadFile(up); err != nil || string(b) != "it runs\n" { // blocks until it writes
+			t.Errorf("the hook says %q, %v", b, err)
+		}
+		cancel()
+	}()
+	err := st.open().hook.run(ctx)
+	if !errors.Is(err, context.Canceled) || !strings.Contains(err.Error(), "signal: killed") {
+		t.Errorf("run: %v, want Canceled, by a signal", err)
 	}
 }
