@@ -37,7 +37,7 @@ func TestReadsWhatNVFlareSends(t *testing.T) {
 			if len(c.Warnings) != 0 {
 				t.Errorf("warnings: %q", c.Warnings)
 			}
-			if c.Role != tc.role || !slices.Equal(c.Network.AllowedPorts, tc.in) && len(tc.in) > 0 || !slices.Equal(c.Network.AllowedOutPorts, tc.out) && len(tc.out) > 0 {
+			if c.Role != tc.role || !slices.Equal(c.Network.AllowedPorts, tc.in) || !slices.Equal(c.Network.AllowedOutPorts, tc.out) {
 				t.Errorf("role %q, ports %v, out %v", c.Role, c.Network.AllowedPorts, c.Network.AllowedOutPorts)
 			}
 			if c.RootDriveSize != 30*GB || c.ApplogDriveSize != GB {
