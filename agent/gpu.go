@@ -10,7 +10,6 @@ import (
 	"io/fs"
 	"net/http"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"time"
 
@@ -34,8 +33,8 @@ const (
 
 // newGPUs makes the guard of the guest's GPUs out of the verity root's files. run
 // is a tmpfs.
-func newGPUs(c *guestconfig.GPU, run string, start func(*exec.Cmd) (func() error, error), printf func(string, ...any)) (*gpus.Guard, error) {
-	program := &helper.Helper{Path: guestconfig.GPUHelperPath, Library: guestconfig.NVMLPath, Start: start}
+func newGPUs(c *guestconfig.GPU, run string, printf func(string, ...any)) (*gpus.Guard, error) {
+	program := &helper.Helper{Path: guestconfig.GPUHelperPath, Library: guestconfig.NVMLPath}
 	policy := gpu.Policy{
 		Drivers: c.Drivers, VBIOSes: c.VBIOSes, OCSP: gpu.OCSP(c.OCSP), AllowHold: c.AllowHold, AllowExpiredRIM: c.AllowExpiredRIM, Count: c.Count,
 	}

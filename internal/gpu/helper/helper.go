@@ -103,9 +103,6 @@ type Helper struct {
 	Path    string   // of gpu-helper
 	Library string   // of libnvidia-ml.so.1, absolute
 	Env     []string // normally empty
-	// Start starts a process and returns what waits for it; nil: as package
-	// os/exec does. PID 1 has a way of its own.
-	Start func(*exec.Cmd) (wait func() error, err error)
 	// Timeout returns the limit of an operation on n GPUs; nil: DefaultTimeout.
 	Timeout func(op string, n int) time.Duration
 
@@ -223,14 +220,7 @@ func (h *Helper) run(ctx context.Context, r Request) ([]byte, error) {
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
 	cmd.WaitDelay = time.Second
-	start := h.Start
-	if start == nil {
-		start = func(c *exec.Cmd) (func() error, error) { return c.Wait, c.Start() }
-	}
-	wait, err := start(cmd)
-	if err == nil {
-		err = wait()
-	}
+	err = cmd.Run()
 	tail := strings.TrimSpace(errs.String())
 	var exit *exec.ExitError
 	switch {
