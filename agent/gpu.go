@@ -34,7 +34,7 @@ const (
 // newGPUs makes the guard of the guest's GPUs out of the verity root's files. run
 // is a tmpfs.
 func newGPUs(c *guestconfig.GPU, run string, printf func(string, ...any)) (*gpus.Guard, error) {
-	program := &helper.Helper{Path: guestconfig.GPUHelperPath, Library: guestconfig.NVMLPath}
+	program := &helper.Helper{Path: guestconfig.GPUHelperPath, Library: guestconfig.NVMLPath, Count: c.Count}
 	policy := gpu.Policy{
 		Drivers: c.Drivers, VBIOSes: c.VBIOSes, OCSP: gpu.OCSP(c.OCSP), AllowHold: c.AllowHold, AllowExpiredRIM: c.AllowExpiredRIM, Count: c.Count,
 	}
@@ -157,5 +157,9 @@ func (a attester) AdditionalEvidence(ctx context.Context, digest [48]byte) (stri
 	if a.gpus == nil {
 		return "", nil
 	}
-	return a.gpus.AdditionalEvidence(ctx, digest)
+	text, found, err := a.gpus.Attest(ctx, digest)
+	if a.found != nil {
+		*a.found = found
+	}
+	return text, err
 }
