@@ -101,8 +101,9 @@ func (n *network) findKBS(ctx context.Context) error {
 	if slices.Equal(peers, n.rules.KBS) {
 		return nil
 	}
-	n.rules.KBS = peers
-	return boot.Fail(boot.CodeFirewall, n.set(n.rules))
+	next := n.rules
+	next.KBS = peers
+	return n.change(next)
 }
 
 // setDNS lets other resolvers through.
@@ -112,8 +113,18 @@ func (n *network) setDNS(dns []netip.Addr) error {
 	if slices.Equal(dns, n.rules.DNS) {
 		return nil
 	}
-	n.rules.DNS = dns
-	return boot.Fail(boot.CodeFirewall, n.set(n.rules))
+	next := n.rules
+	next.DNS = dns
+	return n.change(next)
+}
+
+// change remembers only rules that are in force, so that others are tried again.
+func (n *network) change(next firewall.Rules) error {
+	if err := n.set(next); err != nil {
+		return boot.Fail(boot.CodeFirewall, err)
+	}
+	n.rules = next
+	return nil
 }
 
 // dial tries the addresses that the firewall lets through.
