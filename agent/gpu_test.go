@@ -163,7 +163,7 @@ func TestNewGPUs(t *testing.T) {
 	} {
 		t.Run(m.name, func(t *testing.T) {
 			run := t.TempDir()
-			g, err := newGPUs(&m.cfg, run, nil, t.Logf)
+			g, err := newGPUs(&m.cfg, run, t.Logf)
 			if (err != nil) != m.bad {
 				t.Fatal(err)
 			}

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"os/exec"
 	"os/signal"
 	"path/filepath"
 	"strings"
@@ -38,25 +37,24 @@ func System(flush func()) Deps {
 			ImageMeta: guestconfig.ImageMetaPath, Layers: guestconfig.ImageLayersPath,
 			ResolvConf: guestconfig.ResolvConfPath, Hosts: guestconfig.HostsPath,
 		},
-		Mount:      mountSystem,
-		Handover:   readHandover,
-		Hostname:   func(name string) error { return unix.Sethostname([]byte(name)) },
-		Firewall:   firewall.Apply,
-		Network:    netup.Configure,
-		Lookup:     netup.Lookup,
-		Attach:     drives.Attach,
-		Detach:     detach,
-		Share:      nfs.Share,
-		NFS:        nfs.Kernel{},
-		Overlay:    drives.Overlay,
-		OpenVault:  vault.Open,
-		Evidence:   evidence.Open,
-		KBS:        newKBS,
-		StartChild: startChild,
-		GPUs:       newGPUs,
-		NVIDIA:     nvidia.System(),
-		Now:        boot.SinceKernelStart,
-		Stop:       stopRequests(),
+		Mount:     mountSystem,
+		Handover:  readHandover,
+		Hostname:  func(name string) error { return unix.Sethostname([]byte(name)) },
+		Firewall:  firewall.Apply,
+		Network:   netup.Configure,
+		Lookup:    netup.Lookup,
+		Attach:    drives.Attach,
+		Detach:    detach,
+		Share:     nfs.Share,
+		NFS:       nfs.Kernel{},
+		Overlay:   drives.Overlay,
+		OpenVault: vault.Open,
+		Evidence:  evidence.Open,
+		KBS:       newKBS,
+		GPUs:      newGPUs,
+		NVIDIA:    nvidia.System(),
+		Now:       boot.SinceKernelStart,
+		Stop:      stopRequests(),
 		PowerOff: func() {
 			flush()
 			boot.PowerOff()
@@ -73,15 +71,6 @@ func readAhead(paths ...string) {
 			f.Close()
 		}
 	}
-}
-
-// startChild starts a child that its owner waits for by calling wait once. Whose
-// parents end before them are PID 1's.
-func startChild(cmd *exec.Cmd) (wait func() error, err error) {
-	if err := cmd.Start(); err != nil {
-		return nil, err
-	}
-	return cmd.Wait, nil
 }
 
 // mountSystem makes of what init has left (/dev, /proc, /sys, /run) a system that

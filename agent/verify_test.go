@@ -200,6 +200,31 @@ func TestNetworkFollowsTheKBS(t *testing.T) {
 	}
 }
 
+// Rules that the kernel refused once are tried again.
+func TestFirewallRefusesOnce(t *testing.T) {
+	addrs := []netip.Addr{netip.MustParseAddr("192.0.2.1")}
+	var rules []firewall.Rules
+	n := testNetwork(t, "https://kbs.example", &addrs, &rules)
+	set, refuse := n.set, true
+	n.set = func(r firewall.Rules) error {
+		if refuse {
+			return errors.New("no memory")
+		}
+		return set(r)
+	}
+	dns := []netip.Addr{netip.MustParseAddr("192.0.2.53")}
+	if err := n.findKBS(t.Context()); boot.CodeOf(err) != boot.CodeFirewall {
+		t.Errorf("a firewall that refuses gave %v", err)
+	}
+	if err := n.setDNS(dns); boot.CodeOf(err) != boot.CodeFirewall {
+		t.Errorf("a firewall that refuses gave %v", err)
+	}
+	refuse = false
+	if err := errors.Join(n.findKBS(t.Context()), n.setDNS(dns)); err != nil || len(rules) != 2 || len(rules[1].KBS) != 1 || len(rules[1].DNS) != 1 {
+		t.Errorf("%v; firewall was set to %v, want KBS and resolver let through", err, rules)
+	}
+}
+
 func TestAwaitPowerKey(t *testing.T) {
 	event := func(typ, code uint16, value uint32) []byte {
 		b := make([]byte, inputEventSize)

@@ -37,8 +37,6 @@ type Config struct {
 	Snapshots string // writable layers
 	Layers    string // layer cache, read only
 	Log       io.Writer
-	// Start starts a child that the returned function waits for.
-	Start func(*exec.Cmd) (wait func() error, err error)
 	// Printf writes to the boot log.
 	Printf func(format string, a ...any)
 }
@@ -197,12 +195,11 @@ func (d *Daemon) run() (wait func() error, err error) {
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
 	// Shims inherit containerd's output; do not wait for them.
 	cmd.WaitDelay = time.Second
-	wait, err = d.cfg.Start(cmd)
-	if err != nil {
+	if err := cmd.Start(); err != nil {
 		return nil, fmt.Errorf("start containerd: %w", err)
 	}
 	d.proc = cmd.Process
-	return wait, nil
+	return cmd.Wait, nil
 }
 
 func (d *Daemon) supervise(wait func() error) {

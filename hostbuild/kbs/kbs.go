@@ -41,7 +41,6 @@ import (
 	"net/http"
 	"os"
 	"path/filepath"
-	"sync/atomic"
 	"time"
 
 	"coffer/internal/snp"
@@ -128,12 +127,12 @@ type Server struct {
 	devices          Devices
 	metrics          *metrics
 	limiter          limiter
-	inFlight         atomic.Int32
+	inFlight         *share
 }
 
 // New opens the folder that Init made.
 func New(o Options) (*Server, error) {
-	s := &Server{dialect: o.Dialect, simulated: o.AllowSimulated, log: o.Logger, now: o.Now, metrics: newMetrics(), devices: o.Devices, simulatedDevices: o.SimulatedDevices}
+	s := &Server{dialect: o.Dialect, simulated: o.AllowSimulated, log: o.Logger, now: o.Now, metrics: newMetrics(), inFlight: newShare(maxInFlight), devices: o.Devices, simulatedDevices: o.SimulatedDevices}
 	if s.dialect == "" {
 		s.dialect = DialectH
 	}
@@ -196,7 +195,7 @@ func (s *Server) open(o Options) error {
 	if s.store, err = openStore(o.Dir); err != nil {
 		return err
 	}
-	s.verify, err = reportVerifier(o, s.dialect, s.store, s.now)
+	s.verify, err = reportVerifier(o, s.dialect, s.store, s.now, s.log)
 	return err
 }
 
@@ -224,7 +223,7 @@ func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
 		}
 		stopped <- err
 	})
-	err := srv.ServeTLS(&limited{Listener: ln, slots: make(chan struct{}, maxConnections)}, "", "")
+	err := srv.ServeTLS(&limited{Listener: ln, share: newShare(maxConnections)}, "", "")
 	if stop() {
 		return fmt.Errorf("kbs: serve %s: %w", ln.Addr(), err)
 	}

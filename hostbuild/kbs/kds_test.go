@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync/atomic"
@@ -82,7 +83,16 @@ func TestKDS(t *testing.T) {
 			}
 			der := derOf(chip)
 			answer.Store(&der)
-			expect("good mirror", 200, 1, "")
+			old := filepath.Join(r.dir, vcekDir, hex.EncodeToString(id), "vcek.der")
+			if err := os.MkdirAll(filepath.Dir(old), 0o700); err != nil {
+				t.Fatal(err)
+			}
+			tcb := chip.TCB
+			tcb.Microcode--
+			if err := os.WriteFile(old, derOf(newChip(t, simsnp.Params{Product: product, TCB: &tcb})), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			expect("good mirror, and a VCEK of older firmware", 200, 1, "")
 			expect("kept certificate", 200, 0, "")
 		})
 	}

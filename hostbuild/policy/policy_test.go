@@ -351,6 +351,9 @@ func TestCheck(t *testing.T) {
 		{"syntax", p + "allow if {", []string{"4 error"}},
 		{"other package", "package other\nimport rego.v1\n", []string{"1 error package must be"}},
 		{"our names", p + "coffer_x := 1", []string{"4 error coffer_"}},
+		{"false, else true", p + "allow := false if { input.x } else := true", []string{"4 warning ignores"}},
+		{"bound, else not", p + `allow if { data["resource-path"] == ["a","b","c"] } else := true if { input.x }`, []string{"4 warning ignores"}},
+		{"bound, else bound", p + `allow if { data["resource-path"] == ["a","b","c"] } else if { data["resource-path"] == ["a","b","d"] }`, nil},
 		{"allow as a set", p + "allow contains x if { x := 1 }", []string{"4 warning ignores"}},
 		{"empty", "", []string{"0 error"}},
 	}

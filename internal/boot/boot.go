@@ -19,6 +19,7 @@ import (
 	"strings"
 	"sync"
 	"time"
+	"unicode"
 )
 
 // Code is the stable name of a failure; docs/operations.md lists them.
@@ -126,7 +127,7 @@ const (
 // Printf writes one line. Control characters become blanks.
 func (l *Log) Printf(format string, a ...any) {
 	s := strings.Map(func(r rune) rune {
-		if r < ' ' || r == 0x7f {
+		if unicode.IsControl(r) { // a terminal obeys U+009B as it does ESC [
 			return ' '
 		}
 		return r

@@ -107,11 +107,11 @@ func TestPrintfKeepsToOneLine(t *testing.T) {
 	l, out := testLog(false)
 	l.Printf("not kept")
 	l.Keep()
-	l.Printf("a\nb\x1b[2Jc\rd")
-	if out.String() != "not kept\na b [2Jc d\n" {
+	l.Printf("a\nb\x1b[2Jc\rd\u009b2Je")
+	if out.String() != "not kept\na b [2Jc d 2Je\n" {
 		t.Errorf("%q", out.String())
 	}
-	if got := l.Lines(); len(got) != 1 || got[0] != "a b [2Jc d" {
+	if got := l.Lines(); len(got) != 1 || got[0] != "a b [2Jc d 2Je" {
 		t.Errorf("%q", got)
 	}
 }

@@ -353,6 +353,26 @@ func TestGuestKilledPrograms(t *testing.T) {
 	g.failed("run", "E_INTERNAL", "/bin/agent ended: signal 9, killed")
 }
 
+// A host that stops the console, for which a Ctrl-S is enough, keeps no workload
+// running whose agent is dead: neither the line about it nor the flush is waited for.
+func TestGuestConsoleStopped(t *testing.T) {
+	l := setupKBS(t)
+	l.baseWithSaboteur(t)
+	keyboard := filepath.Join(t.TempDir(), "keyboard")
+	if err := syscall.Mkfifo(keyboard, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	hostileQEMU(t, "", "<>"+keyboard) // a redirection of the shell's
+	g := bootLong(t, l.probeBundle(t, "", "tick", "4", "flood", "6", "agent"))
+	g.expect(`workload: probe: tick ok 1 `)
+	const controlS = "\x13"
+	write(t, keyboard, []byte(controlS))
+	g.off()
+	if text := g.Console.Text(); strings.Count(text, "probe: flood") == 64 || strings.Contains(text, "coffer: FAILED") {
+		t.Errorf("the console was not stopped:\n%s", text)
+	}
+}
+
 // baseWithSaboteur has bundles built with an agent that kills what the workload
 // names, itself included.
 func (l *line) baseWithSaboteur(t *testing.T) {
