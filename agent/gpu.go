@@ -112,9 +112,6 @@ func gpuTime(n int) time.Duration {
 
 // gpuDevices makes the GPUs ready to be asked.
 func (a *agent) gpuDevices(ctx context.Context) error {
-	if a.verifier.gpus == nil {
-		return nil
-	}
 	if err := a.NVIDIA.MakeNodes(); err != nil {
 		return err
 	}
