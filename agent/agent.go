@@ -123,7 +123,7 @@ func (a *agent) phases() []boot.Phase {
 		{Name: "drives", Deadline: 60 * s, Code: boot.CodeDrive, Run: a.drives},
 		{Name: "user_config", Deadline: 60 * s, Code: boot.CodeUserConfig, Run: a.userConfig},
 		{Name: "api", Deadline: 10 * s, Code: boot.CodeInternal, Run: a.serve},
-		{Name: "gpu", Deadline: 20 * s, Code: boot.CodeGPU, Run: a.gpuDevices},
+		{Name: "gpu", Deadline: gpuTime(0) + 5*s, Code: boot.CodeGPU, Run: a.gpuDevices, If: func() bool { return a.verifier.gpus != nil }},
 		{Name: "containerd", Deadline: 40 * s, Code: boot.CodeContainerd, Run: a.containerd},
 		{Name: "image", Deadline: 60 * s, Code: boot.CodeImage, Run: a.container},
 		{Name: "attest", Deadline: firstWithin + roundTime + gpuTime(0) + 10*s, Code: boot.CodeAttestation, Run: a.attest},

@@ -252,7 +252,7 @@ func TestLife(t *testing.T) {
 			phases = append(phases, strings.Fields(name)[0])
 		}
 	}
-	if want := strings.Fields("system handover ports drives user_config api gpu containerd image attest workload"); !slices.Equal(phases, want) {
+	if want := strings.Fields("system handover ports drives user_config api containerd image attest workload"); !slices.Equal(phases, want) {
 		t.Errorf("phases %v, want %v", phases, want)
 	}
 	for _, want := range []string{

@@ -191,7 +191,7 @@ func TestDefaultTimeout(t *testing.T) {
 		op   string
 		n    int
 		want time.Duration
-	}{{helper.OpCollect, 1, 21 * time.Second}, {helper.OpCollect, 8, 63 * time.Second}, {helper.OpReady, 8, 15 * time.Second}} {
+	}{{helper.OpCollect, 1, 21 * time.Second}, {helper.OpCollect, 8, 63 * time.Second}, {helper.OpPersistence, 8, 63 * time.Second}, {helper.OpReady, 8, 15 * time.Second}} {
 		if got := helper.DefaultTimeout(m.op, m.n); got != m.want {
 			t.Errorf("%s of %d: %s, want %s", m.op, m.n, got, m.want)
 		}
