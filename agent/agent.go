@@ -61,7 +61,8 @@ type Paths struct {
 // Deps is the machine as the agent sees it.
 type Deps struct {
 	Paths     Paths
-	Mount     func() error // kernel file systems, cgroups, sysctls
+	Mount     func() error                // kernel file systems, cgroups, sysctls
+	Stay      func(context.Context) error // returns once this program needs no disk to go on
 	Handover  func() ([]byte, error)
 	Hostname  func(string) error
 	Firewall  func(firewall.Rules) error
@@ -495,6 +496,9 @@ func (a *agent) beforeStart() {
 
 // attest waits for the first pass; then the container is started.
 func (a *agent) attest(ctx context.Context) error {
+	if err := a.Stay(ctx); err != nil {
+		return boot.Fail(boot.CodeRoot, err)
+	}
 	c := a.cfg.Attestation
 	stale := time.Duration(c.MaxStaleness) * time.Second
 	a.loop = &attest.Loop{

@@ -138,6 +138,7 @@ func configured(t testing.TB, script string, src workload.ImageSource) *guest {
 	g.deps = agent.Deps{
 		Paths: p,
 		Mount: func() error { return nil },
+		Stay:  func(context.Context) error { return nil },
 		Handover: func() ([]byte, error) {
 			raw, err := g.cfg.Marshal()
 			if err != nil {

@@ -29,6 +29,8 @@ import (
 // System is the machine that this process is the agent of. flush gives
 // the console the time that it is worth, before the power goes.
 func System(flush func()) Deps {
+	stayed := make(chan error, 1)
+	go func() { stayed <- stay() }()
 	go readAhead("/bin/containerd", "/bin/containerd-shim-runc-v2", "/bin/runc")
 	return Deps{
 		Paths: Paths{
@@ -37,7 +39,15 @@ func System(flush func()) Deps {
 			ImageMeta: guestconfig.ImageMetaPath, Layers: guestconfig.ImageLayersPath,
 			ResolvConf: guestconfig.ResolvConfPath, Hosts: guestconfig.HostsPath,
 		},
-		Mount:     mountSystem,
+		Mount: mountSystem,
+		Stay: func(ctx context.Context) error {
+			select {
+			case err := <-stayed:
+				return err
+			case <-ctx.Done():
+				return ctx.Err()
+			}
+		},
 		Handover:  readHandover,
 		Hostname:  func(name string) error { return unix.Sethostname([]byte(name)) },
 		Firewall:  firewall.Apply,

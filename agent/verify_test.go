@@ -47,6 +47,7 @@ func TestClassify(t *testing.T) {
 		{"storage down or canary missing", kbsError("PluginInternalError"), attest.Unknown, boot.CodeKBSNoKey},
 		{"policy does not load", kbsError("PolicyEngine"), attest.Unknown, boot.CodeKBSProtocol},
 		{"nonsense", fmt.Errorf("x: %w", kbsclient.ErrProtocol), attest.Unknown, boot.CodeKBSProtocol},
+		{"a KBS that crashes at GPUs", fmt.Errorf("x: %w", kbsclient.ErrOldKBS), attest.Unknown, boot.CodeKBSProtocol},
 		{"firewall", boot.Fail(boot.CodeFirewall, errors.New("x")), attest.Unknown, boot.CodeFirewall},
 		{"panic", boot.Fail(boot.CodeInternal, errors.New("x")), attest.Unknown, boot.CodeInternal},
 		{"a GPU is bad", fmt.Errorf("evidence of additional devices: GPU 1: %w", &gpu.Error{Code: gpu.CodeMeasurement, Err: errors.New("x")}), attest.Negative, boot.CodeGPU},

@@ -16,7 +16,8 @@
 //   - An admin token must have exp, and clocks may differ by a minute only.
 //   - Bearer tokens count only with this server's own signature.
 //   - Without a resource policy everything is denied.
-//   - A policy that old Trustee would read as "allow all" is refused.
+//   - A policy that old Trustee would read as "allow all" is refused (DialectT),
+//     or named in the log (DialectH, which reads it as it is meant).
 //   - `sample` evidence and simulated chips need Options.AllowSimulated, and
 //     every token about them says `simulated`.
 //   - Reports signed by a VLEK, or that mask the chip's id, are refused: nothing
@@ -36,6 +37,7 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net"
 	"net/http"
@@ -173,13 +175,16 @@ func New(o Options) (*Server, error) {
 }
 
 func (s *Server) open(o Options) error {
-	for _, name := range []string{serverKeyFile, tokenKeyFile} {
+	for _, name := range []string{serverKeyFile, tokenKeyFile, repositoryDir} {
 		fi, err := os.Stat(filepath.Join(o.Dir, name))
+		if name == repositoryDir && errors.Is(err, fs.ErrNotExist) {
+			continue // a backup may leave out empty folders
+		}
 		if err != nil {
 			return err
 		}
 		if fi.Mode().Perm()&0o077 != 0 {
-			return fmt.Errorf("%s can be read by others (mode %v): chmod 600", name, fi.Mode().Perm())
+			return fmt.Errorf("%s can be read by others (mode %v): chmod go= it", name, fi.Mode().Perm())
 		}
 	}
 	var err error

@@ -79,11 +79,19 @@ func TestInitAndNew(t *testing.T) {
 	if _, err := New(Options{Dir: dir, Dialect: "X"}); err == nil {
 		t.Error("dialect X is accepted")
 	}
-	if err := os.Chmod(filepath.Join(dir, tokenKeyFile), 0o640); err != nil {
-		t.Fatal(err)
+	for name, modes := range map[string][2]os.FileMode{tokenKeyFile: {0o640, 0o600}, serverKeyFile: {0o604, 0o600}, repositoryDir: {0o755, 0o700}} {
+		if err := os.Chmod(filepath.Join(dir, name), modes[0]); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := New(Options{Dir: dir}); err == nil || !strings.Contains(err.Error(), name+" can be read by others") {
+			t.Errorf("%s readable by others: %v", name, err)
+		}
+		if err := os.Chmod(filepath.Join(dir, name), modes[1]); err != nil {
+			t.Fatal(err)
+		}
 	}
-	if _, err := New(Options{Dir: dir}); err == nil || !strings.Contains(err.Error(), "chmod 600") {
-		t.Errorf("token key readable by others: %v", err)
+	if _, err := New(Options{Dir: dir, Logger: slog.New(slog.DiscardHandler)}); err != nil {
+		t.Error(err)
 	}
 	if _, err := New(Options{Dir: t.TempDir()}); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("empty folder: %v", err)
