@@ -531,6 +531,7 @@ func TestGuestKBSOutage(t *testing.T) {
 
 	g := bootLong(t, b)
 	g.expect(`workload: probe: fill refused .*no space left`)
+	g.expect(`workload: \([1-9]\d* bytes are not shown here\)`) // what was dropped is counted
 	g.expect(`workload: probe: flood ok`)
 	g.expect(`workload: probe: alive ok`)
 	g.expect(`attestation round=\d+ verdict=pass`)
