@@ -74,7 +74,7 @@ SHARE = $(DESTDIR)$(PREFIX)/share
 install: bin/hostbuild bin/kbs-client bin/manuals build/base/snp/base.json
 	install -D -t $(DESTDIR)$(PREFIX)/bin bin/hostbuild bin/kbs-client
 	ln -sf hostbuild $(DESTDIR)$(PREFIX)/bin/cvm_build
-	install -D -m 644 -t $(SHARE)/coffer docs/config.schema.json
+	install -D -m 644 -t $(SHARE)/coffer docs/config.schema.json docs/settings.schema.json
 	install -D -m 644 -t $(SHARE)/doc/coffer README.md
 	install -D -m 644 -t $(SHARE)/doc/coffer/docs docs/*.md docs/*.yaml docs/*.json
 	bin/manuals $(SHARE) $(VERSION)
