@@ -89,6 +89,7 @@ deb:
 	rm -rf build/deb
 	$(MAKE) install DESTDIR=$(CURDIR)/build/deb PREFIX=/usr
 	cd build/deb/usr/share && mkdir zsh/vendor-completions && mv zsh/site-functions/_hostbuild zsh/vendor-completions && rmdir zsh/site-functions && gzip -9n man/man1/*.1
+	$(GO) run ./cmd/copyright build/base/snp build/cache $(addprefix bin/,hostbuild kbs-client init agent snpguest containerd runc) >build/deb/usr/share/doc/coffer/copyright
 	install -d build/deb/DEBIAN
 	printf '%s\n' 'Package: coffer' 'Version: $(VERSION)' 'Architecture: amd64' 'Section: admin' 'Priority: optional' \
 	'Maintainer: Coffer developers <coffer@localhost>' "Installed-Size: $$(du -sk build/deb/usr | cut -f 1)" \

@@ -44,6 +44,7 @@ func TestContents(t *testing.T) {
 		"usr/lib/coffer/base/snp/base.json", "usr/lib/coffer/base/snp/vmlinuz", "usr/share/coffer/config.schema.json", "usr/share/coffer/settings.schema.json",
 		"usr/share/man/man1/hostbuild-cvm.1.gz", "usr/share/man/man1/kbs-client-config-set-resource.1.gz", "usr/share/bash-completion/completions/hostbuild", "usr/share/zsh/vendor-completions/_hostbuild",
 		"usr/share/fish/vendor_completions.d/hostbuild.fish", "usr/share/doc/coffer/README.md", "usr/share/doc/coffer/docs/operations.md",
+		"usr/share/doc/coffer/copyright",
 	} {
 		if !strings.Contains(list, "./"+want+"\n") {
 			t.Errorf("%s is missing", want)
