@@ -3,7 +3,7 @@
 # Debian packages that building and the demo need, and what tests need besides;
 # `make deps` installs those that are missing.
 DEPS := gcc libc6-dev pkg-config libseccomp-dev debian-archive-keyring qemu-system-x86 qemu-utils e2fsprogs erofs-utils
-TEST_DEPS := cryptsetup-bin nftables busybox-static mmdebstrap shellcheck skopeo jq nfs-ganesha nfs-ganesha-mem
+TEST_DEPS := cryptsetup-bin nftables busybox-static mmdebstrap shellcheck skopeo jq nfs-ganesha nfs-ganesha-mem xmlsec1
 FUZZTIME ?= 20s
 
 # sudo and cron often know no PATH to a Go that is not Debian's.

@@ -24,7 +24,6 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -61,26 +60,26 @@ type Paths struct {
 
 // Deps is the machine as the agent sees it.
 type Deps struct {
-	Paths      Paths
-	Mount      func() error // kernel file systems, cgroups, sysctls
-	Handover   func() ([]byte, error)
-	Hostname   func(string) error
-	Firewall   func(firewall.Rules) error
-	Network    func(context.Context, *guestconfig.Static) (*netup.Network, error)
-	Lookup     func(ctx context.Context, host string) ([]netip.Addr, error) // not more than the firewall should let through
-	Attach     func(context.Context, drives.Mount) error
-	Detach     func(target string) error
-	Share      func(drive string) error // mounts below it show up in containers
-	NFS        nfs.Sys
-	Overlay    func(target string, layers ...string) error
-	OpenVault  func(dir string, key []byte) error // a folder that has a key of its own
-	Evidence   func(platform, tee string) (evidence.Source, error)
-	KBS        func(cfg guestconfig.KBS, dial Dial) (KBS, error)
-	StartChild func(*exec.Cmd) (wait func() error, err error)
-	GPUs       func(c *guestconfig.GPU, run string, start func(*exec.Cmd) (func() error, error), printf func(string, ...any)) (*gpus.Guard, error)
-	NVIDIA     nvidia.Driver        // the GPUs' kernel driver; the zero value is none
-	Now        func() time.Duration // since the kernel's start, suspended time included
-	Stop       <-chan string        // someone asks for an orderly stop, and why
+	Paths     Paths
+	Mount     func() error                // kernel file systems, cgroups, sysctls
+	Stay      func(context.Context) error // returns once this program needs no disk to go on
+	Handover  func() ([]byte, error)
+	Hostname  func(string) error
+	Firewall  func(firewall.Rules) error
+	Network   func(context.Context, *guestconfig.Static) (*netup.Network, error)
+	Lookup    func(ctx context.Context, host string) ([]netip.Addr, error) // not more than the firewall should let through
+	Attach    func(context.Context, drives.Mount) error
+	Detach    func(target string) error
+	Share     func(drive string) error // mounts below it show up in containers
+	NFS       nfs.Sys
+	Overlay   func(target string, layers ...string) error
+	OpenVault func(dir string, key []byte) error // a folder that has a key of its own
+	Evidence  func(platform, tee string) (evidence.Source, error)
+	KBS       func(cfg guestconfig.KBS, dial Dial) (KBS, error)
+	GPUs      func(c *guestconfig.GPU, run string, printf func(string, ...any)) (*gpus.Guard, error)
+	NVIDIA    nvidia.Driver        // the GPUs' kernel driver; the zero value is none
+	Now       func() time.Duration // since the kernel's start, suspended time included
+	Stop      <-chan string        // someone asks for an orderly stop, and why
 	// PowerOff powers the machine off at once. It does not return.
 	PowerOff func()
 }
@@ -124,7 +123,7 @@ func (a *agent) phases() []boot.Phase {
 		{Name: "drives", Deadline: 60 * s, Code: boot.CodeDrive, Run: a.drives},
 		{Name: "user_config", Deadline: 60 * s, Code: boot.CodeUserConfig, Run: a.userConfig},
 		{Name: "api", Deadline: 10 * s, Code: boot.CodeInternal, Run: a.serve},
-		{Name: "gpu", Deadline: 20 * s, Code: boot.CodeGPU, Run: a.gpuDevices},
+		{Name: "gpu", Deadline: gpuTime(0) + 5*s, Code: boot.CodeGPU, Run: a.gpuDevices, If: func() bool { return a.verifier.gpus != nil }},
 		{Name: "containerd", Deadline: 40 * s, Code: boot.CodeContainerd, Run: a.containerd},
 		{Name: "image", Deadline: 60 * s, Code: boot.CodeImage, Run: a.container},
 		{Name: "attest", Deadline: firstWithin + roundTime + gpuTime(0) + 10*s, Code: boot.CodeAttestation, Run: a.attest},
@@ -314,7 +313,7 @@ func (a *agent) takeOver(context.Context) error {
 	a.verifier = &verifier{kbs: kbs, net: a.net, source: source, canary: a.cfg.KBS.CanaryPath, release: a.openVault}
 	if a.cfg.GPU != nil {
 		a.verifier.vaultKey = a.cfg.GPU.VaultKeyPath
-		if a.verifier.gpus, err = a.GPUs(a.cfg.GPU, a.Paths.Run, a.StartChild, a.log.Printf); err != nil {
+		if a.verifier.gpus, err = a.GPUs(a.cfg.GPU, a.Paths.Run, a.log.Printf); err != nil {
 			return boot.Fail(boot.CodeGPU, err)
 		}
 	}
@@ -416,7 +415,6 @@ func (a *agent) containerd(ctx context.Context) error {
 		Snapshots: a.upper(),
 		Layers:    a.Paths.Layers,
 		Log:       a.logs.containerd,
-		Start:     a.StartChild,
 		Printf:    a.log.Printf,
 	})
 	return err
@@ -498,6 +496,9 @@ func (a *agent) beforeStart() {
 
 // attest waits for the first pass; then the container is started.
 func (a *agent) attest(ctx context.Context) error {
+	if err := a.Stay(ctx); err != nil {
+		return boot.Fail(boot.CodeRoot, err)
+	}
 	c := a.cfg.Attestation
 	stale := time.Duration(c.MaxStaleness) * time.Second
 	a.loop = &attest.Loop{

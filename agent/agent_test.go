@@ -7,7 +7,6 @@ import (
 	"fmt"
 	"net/netip"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"slices"
 	"strings"
@@ -139,6 +138,7 @@ func configured(t testing.TB, script string, src workload.ImageSource) *guest {
 	g.deps = agent.Deps{
 		Paths: p,
 		Mount: func() error { return nil },
+		Stay:  func(context.Context) error { return nil },
 		Handover: func() ([]byte, error) {
 			raw, err := g.cfg.Marshal()
 			if err != nil {
@@ -161,15 +161,14 @@ func configured(t testing.TB, script string, src workload.ImageSource) *guest {
 			}
 			return []netip.Addr{netip.MustParseAddr("192.0.2.7")}, nil
 		},
-		Attach:     func(context.Context, drives.Mount) error { return nil },
-		Detach:     func(string) error { return nil },
-		Overlay:    drives.Overlay,
-		Evidence:   func(string, string) (evidence.Source, error) { return fakeSource{}, nil },
-		KBS:        func(_ guestconfig.KBS, dial agent.Dial) (agent.KBS, error) { g.kbs.dial = dial; return g.kbs, nil },
-		StartChild: agenttest.StartChild,
-		Now:        func() func() time.Duration { b := time.Now(); return func() time.Duration { return time.Since(b) } }(),
-		Stop:       g.stop,
-		PowerOff:   func() { g.off <- struct{}{} },
+		Attach:   func(context.Context, drives.Mount) error { return nil },
+		Detach:   func(string) error { return nil },
+		Overlay:  drives.Overlay,
+		Evidence: func(string, string) (evidence.Source, error) { return fakeSource{}, nil },
+		KBS:      func(_ guestconfig.KBS, dial agent.Dial) (agent.KBS, error) { g.kbs.dial = dial; return g.kbs, nil },
+		Now:      func() func() time.Duration { b := time.Now(); return func() time.Duration { return time.Since(b) } }(),
+		Stop:     g.stop,
+		PowerOff: func() { g.off <- struct{}{} },
 	}
 	t.Cleanup(func() {
 		if t.Failed() {
@@ -253,7 +252,7 @@ func TestLife(t *testing.T) {
 			phases = append(phases, strings.Fields(name)[0])
 		}
 	}
-	if want := strings.Fields("system handover ports drives user_config api gpu containerd image attest workload"); !slices.Equal(phases, want) {
+	if want := strings.Fields("system handover ports drives user_config api containerd image attest workload"); !slices.Equal(phases, want) {
 		t.Errorf("phases %v, want %v", phases, want)
 	}
 	for _, want := range []string{
@@ -451,11 +450,12 @@ func TestUserConfigIsPinned(t *testing.T) {
 		g.pin(required...)
 		return g
 	}
-	// The phase before containerd is the last that reads the drive.
+	// The first round comes after the drive was read, and before the workload.
 	rewriteAfterwards := func(g *guest) {
-		g.deps.StartChild = func(c *exec.Cmd) (func() error, error) {
+		lookup := g.deps.Lookup
+		g.deps.Lookup = func(ctx context.Context, host string) ([]netip.Addr, error) {
 			kit(g, "a", "A of the host\n")
-			return agenttest.StartChild(c)
+			return lookup(ctx, host)
 		}
 	}
 	t.Run("pinned", func(t *testing.T) {

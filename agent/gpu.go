@@ -10,7 +10,6 @@ import (
 	"io/fs"
 	"net/http"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"time"
 
@@ -34,8 +33,8 @@ const (
 
 // newGPUs makes the guard of the guest's GPUs out of the verity root's files. run
 // is a tmpfs.
-func newGPUs(c *guestconfig.GPU, run string, start func(*exec.Cmd) (func() error, error), printf func(string, ...any)) (*gpus.Guard, error) {
-	program := &helper.Helper{Path: guestconfig.GPUHelperPath, Library: guestconfig.NVMLPath, Start: start}
+func newGPUs(c *guestconfig.GPU, run string, printf func(string, ...any)) (*gpus.Guard, error) {
+	program := &helper.Helper{Path: guestconfig.GPUHelperPath, Library: guestconfig.NVMLPath, Count: c.Count}
 	policy := gpu.Policy{
 		Drivers: c.Drivers, VBIOSes: c.VBIOSes, OCSP: gpu.OCSP(c.OCSP), AllowHold: c.AllowHold, AllowExpiredRIM: c.AllowExpiredRIM, Count: c.Count,
 	}
@@ -113,9 +112,6 @@ func gpuTime(n int) time.Duration {
 
 // gpuDevices makes the GPUs ready to be asked.
 func (a *agent) gpuDevices(ctx context.Context) error {
-	if a.verifier.gpus == nil {
-		return nil
-	}
 	if err := a.NVIDIA.MakeNodes(); err != nil {
 		return err
 	}
@@ -158,5 +154,9 @@ func (a attester) AdditionalEvidence(ctx context.Context, digest [48]byte) (stri
 	if a.gpus == nil {
 		return "", nil
 	}
-	return a.gpus.AdditionalEvidence(ctx, digest)
+	text, found, err := a.gpus.Attest(ctx, digest)
+	if a.found != nil {
+		*a.found = found
+	}
+	return text, err
 }

@@ -1,6 +1,7 @@
 package agent
 
 import (
+	"cmp"
 	"context"
 	"errors"
 	"net/netip"
@@ -13,6 +14,7 @@ import (
 	"coffer/agent/gpus"
 	"coffer/internal/firewall"
 	"coffer/internal/gpu"
+	"coffer/internal/gpu/helper"
 	"coffer/internal/guestconfig"
 	"coffer/kbsclient"
 	"coffer/test/gpusim"
@@ -71,9 +73,15 @@ func TestGPURound(t *testing.T) {
 	if err := v.round(t.Context()); err != nil || len(d.ready) != 1 || !d.ready[0] {
 		t.Errorf("passed: %v, ready set %v", err, d.ready)
 	}
+	if f := v.found; len(f.Devices) != 1 || f.Devices[0].Serial == "" || f.Devices[0].Driver != d.Driver || f.Code != "" {
+		t.Errorf("record: %+v", f)
+	}
 	d.lost = true
 	if err := v.round(t.Context()); gpu.CodeOf(err) != "nvml" || len(d.ready) != 2 || d.ready[1] {
 		t.Errorf("lost: %v, ready set %v", err, d.ready)
+	}
+	if f := v.found; len(f.Devices) != 0 || f.Code != "nvml" {
+		t.Errorf("record: %+v", f)
 	}
 	// A guest without GPUs sends none.
 	if text, err := (attester{Source: &source{}}).AdditionalEvidence(t.Context(), [48]byte{}); text != "" || err != nil {
@@ -141,6 +149,22 @@ func TestVaultKey(t *testing.T) {
 	}
 }
 
+// TestGPUTime: no phase and no round ends before gpu-helper's own limit, which
+// grows with the GPUs.
+func TestGPUTime(t *testing.T) {
+	for _, p := range (&agent{}).phases() {
+		if limit := helper.DefaultTimeout(helper.OpPersistence, gpu.MaxDevices); p.Name == "gpu" && p.Deadline <= limit {
+			t.Errorf("phase gpu has %s, gpu-helper %s", p.Deadline, limit)
+		}
+	}
+	for _, n := range []int{0, 1, 8, gpu.MaxDevices} {
+		a := &agent{cfg: &guestconfig.Config{GPU: &guestconfig.GPU{Count: n}}}
+		if limit := helper.DefaultTimeout(helper.OpCollect, cmp.Or(n, gpu.MaxDevices)); a.roundTime() != roundTime+limit {
+			t.Errorf("a round of %d GPUs has %s, gpu-helper %s", n, a.roundTime(), limit)
+		}
+	}
+}
+
 // TestNewGPUs makes guards as the guest config asks.
 func TestNewGPUs(t *testing.T) {
 	pem := string(gpusim.PEM([]*gpusim.Authority{gpusim.NewRoot("x")}))
@@ -163,7 +187,7 @@ func TestNewGPUs(t *testing.T) {
 	} {
 		t.Run(m.name, func(t *testing.T) {
 			run := t.TempDir()
-			g, err := newGPUs(&m.cfg, run, nil, t.Logf)
+			g, err := newGPUs(&m.cfg, run, t.Logf)
 			if (err != nil) != m.bad {
 				t.Fatal(err)
 			}

@@ -81,7 +81,7 @@ func (n *network) own() []string {
 func (n *network) apply() error {
 	n.mu.Lock()
 	defer n.mu.Unlock()
-	return boot.Fail(boot.CodeFirewall, n.set(n.rules))
+	return n.change(n.rules)
 }
 
 // findKBS looks the KBS up and lets its addresses through the firewall.
@@ -101,8 +101,18 @@ func (n *network) findKBS(ctx context.Context) error {
 	if slices.Equal(peers, n.rules.KBS) {
 		return nil
 	}
-	n.rules.KBS = peers
-	return boot.Fail(boot.CodeFirewall, n.set(n.rules))
+	rules := n.rules
+	rules.KBS = peers
+	return n.change(rules)
+}
+
+// change puts other rules in force. Where it cannot, the earlier ones still are.
+func (n *network) change(rules firewall.Rules) error {
+	err := n.set(rules)
+	if err == nil {
+		n.rules = rules
+	}
+	return boot.Fail(boot.CodeFirewall, err)
 }
 
 // setDNS lets other resolvers through.
@@ -112,8 +122,9 @@ func (n *network) setDNS(dns []netip.Addr) error {
 	if slices.Equal(dns, n.rules.DNS) {
 		return nil
 	}
-	n.rules.DNS = dns
-	return boot.Fail(boot.CodeFirewall, n.set(n.rules))
+	rules := n.rules
+	rules.DNS = dns
+	return n.change(rules)
 }
 
 // dial tries the addresses that the firewall lets through.

@@ -6,7 +6,6 @@ import (
 	"fmt"
 	"io/fs"
 	"os"
-	"os/exec"
 	"os/signal"
 	"path/filepath"
 	"strings"
@@ -30,6 +29,8 @@ import (
 // System is the machine that this process is the agent of. flush gives
 // the console the time that it is worth, before the power goes.
 func System(flush func()) Deps {
+	stayed := make(chan error, 1)
+	go func() { stayed <- stay() }()
 	go readAhead("/bin/containerd", "/bin/containerd-shim-runc-v2", "/bin/runc")
 	return Deps{
 		Paths: Paths{
@@ -38,25 +39,32 @@ func System(flush func()) Deps {
 			ImageMeta: guestconfig.ImageMetaPath, Layers: guestconfig.ImageLayersPath,
 			ResolvConf: guestconfig.ResolvConfPath, Hosts: guestconfig.HostsPath,
 		},
-		Mount:      mountSystem,
-		Handover:   readHandover,
-		Hostname:   func(name string) error { return unix.Sethostname([]byte(name)) },
-		Firewall:   firewall.Apply,
-		Network:    netup.Configure,
-		Lookup:     netup.Lookup,
-		Attach:     drives.Attach,
-		Detach:     detach,
-		Share:      nfs.Share,
-		NFS:        nfs.Kernel{},
-		Overlay:    drives.Overlay,
-		OpenVault:  vault.Open,
-		Evidence:   evidence.Open,
-		KBS:        newKBS,
-		StartChild: startChild,
-		GPUs:       newGPUs,
-		NVIDIA:     nvidia.System(),
-		Now:        boot.SinceKernelStart,
-		Stop:       stopRequests(),
+		Mount: mountSystem,
+		Stay: func(ctx context.Context) error {
+			select {
+			case err := <-stayed:
+				return err
+			case <-ctx.Done():
+				return ctx.Err()
+			}
+		},
+		Handover:  readHandover,
+		Hostname:  func(name string) error { return unix.Sethostname([]byte(name)) },
+		Firewall:  firewall.Apply,
+		Network:   netup.Configure,
+		Lookup:    netup.Lookup,
+		Attach:    drives.Attach,
+		Detach:    detach,
+		Share:     nfs.Share,
+		NFS:       nfs.Kernel{},
+		Overlay:   drives.Overlay,
+		OpenVault: vault.Open,
+		Evidence:  evidence.Open,
+		KBS:       newKBS,
+		GPUs:      newGPUs,
+		NVIDIA:    nvidia.System(),
+		Now:       boot.SinceKernelStart,
+		Stop:      stopRequests(),
 		PowerOff: func() {
 			flush()
 			boot.PowerOff()
@@ -73,15 +81,6 @@ func readAhead(paths ...string) {
 			f.Close()
 		}
 	}
-}
-
-// startChild starts a child that its owner waits for by calling wait once. Whose
-// parents end before them are PID 1's.
-func startChild(cmd *exec.Cmd) (wait func() error, err error) {
-	if err := cmd.Start(); err != nil {
-		return nil, err
-	}
-	return cmd.Wait, nil
 }
 
 // mountSystem makes of what init has left (/dev, /proc, /sys, /run) a system that

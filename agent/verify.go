@@ -22,7 +22,8 @@ type verifier struct {
 	source evidence.Source
 	canary string
 	gpus   *gpus.Guard // nil: there are none
-	token  string      // of the last round that passed; the loop's alone
+	found  gpus.Found  // of the GPUs in the last round; the loop's alone, as are the next
+	token  string      // of the last round that passed
 
 	vaultKey string                 // resource that release is to get once; "": there is none
 	release  func(key []byte) error // the key's text
@@ -33,7 +34,7 @@ type verifier struct {
 // does not want, so what counts is the canary resource, which the policy gives
 // to wanted guests only.
 func (v *verifier) round(ctx context.Context) error {
-	v.cpu = readUsage("/proc").cpu
+	v.cpu, v.found = readUsage("/proc").cpu, gpus.Found{}
 	if err := v.net.findKBS(ctx); err != nil {
 		return err
 	}
@@ -55,7 +56,7 @@ func (v *verifier) round(ctx context.Context) error {
 var errVault = errors.New("/vault cannot be opened")
 
 func (v *verifier) fetchVaultKey(ctx context.Context) error {
-	key, _, err := v.kbs.Fetch(ctx, attester{v.source, v.gpus}, v.vaultKey)
+	key, _, err := v.kbs.Fetch(ctx, attester{v.source, v.gpus, &v.found}, v.vaultKey)
 	defer clear(key)
 	if err != nil {
 		return fmt.Errorf("key of /vault: %w", err)
@@ -68,7 +69,7 @@ func (v *verifier) fetchVaultKey(ctx context.Context) error {
 }
 
 func (v *verifier) fetchCanary(ctx context.Context) error {
-	resource, token, err := v.kbs.Fetch(ctx, attester{v.source, v.gpus}, v.canary)
+	resource, token, err := v.kbs.Fetch(ctx, attester{v.source, v.gpus, &v.found}, v.canary)
 	clear(resource)
 	if err == nil {
 		v.token = token
@@ -96,7 +97,8 @@ var errPlatform = errors.New("no evidence")
 // counts as broken.
 type attester struct {
 	evidence.Source
-	gpus *gpus.Guard // nil: there are none
+	gpus  *gpus.Guard // nil: there are none
+	found *gpus.Found // gets what was found of them; nil: nobody asks
 }
 
 func (a attester) Evidence(ctx context.Context, digest [48]byte) (json.RawMessage, error) {
@@ -170,6 +172,8 @@ type record struct {
 	LaunchDigest string `json:"launch_digest"`
 	Simulated    bool   `json:"simulated"`
 
+	GPU gpus.Found `json:"gpu,omitzero"` // zero where none was asked
+
 	// What agent, containerd and shim take: resident memory, and processor time in
 	// this round and between the last one and this.
 	RSS      map[string]int64 `json:"rss_kib"`
@@ -194,6 +198,7 @@ func (a *agent) report(r attest.Result) {
 		DurationMS:   r.Duration.Milliseconds(),
 		LaunchDigest: a.handover.LaunchDigest,
 		Simulated:    a.verifier.source.Simulated(),
+		GPU:          a.verifier.found,
 		RSS:          u.rss,
 		RoundCPU:     u.cpu - a.verifier.cpu,
 		IdleCPU:      a.verifier.cpu - a.cpu,

@@ -47,6 +47,7 @@ func TestClassify(t *testing.T) {
 		{"storage down or canary missing", kbsError("PluginInternalError"), attest.Unknown, boot.CodeKBSNoKey},
 		{"policy does not load", kbsError("PolicyEngine"), attest.Unknown, boot.CodeKBSProtocol},
 		{"nonsense", fmt.Errorf("x: %w", kbsclient.ErrProtocol), attest.Unknown, boot.CodeKBSProtocol},
+		{"a KBS that crashes at GPUs", fmt.Errorf("x: %w", kbsclient.ErrOldKBS), attest.Unknown, boot.CodeKBSProtocol},
 		{"firewall", boot.Fail(boot.CodeFirewall, errors.New("x")), attest.Unknown, boot.CodeFirewall},
 		{"panic", boot.Fail(boot.CodeInternal, errors.New("x")), attest.Unknown, boot.CodeInternal},
 		{"a GPU is bad", fmt.Errorf("evidence of additional devices: GPU 1: %w", &gpu.Error{Code: gpu.CodeMeasurement, Err: errors.New("x")}), attest.Negative, boot.CodeGPU},
@@ -197,6 +198,31 @@ func TestNetworkFollowsTheKBS(t *testing.T) {
 	}
 	if err := n.setDNS([]netip.Addr{netip.MustParseAddr("192.0.2.53")}); err != nil || len(rules) != 3 || len(rules[2].KBS) != 1 {
 		t.Errorf("%v; other resolvers change more than the resolvers: %v", err, rules[2:])
+	}
+}
+
+// Rules that the kernel refused once are tried again.
+func TestFirewallRefusesOnce(t *testing.T) {
+	addrs := []netip.Addr{netip.MustParseAddr("192.0.2.1")}
+	var rules []firewall.Rules
+	n := testNetwork(t, "https://kbs.example", &addrs, &rules)
+	set, refuse := n.set, true
+	n.set = func(r firewall.Rules) error {
+		if refuse {
+			return errors.New("no memory")
+		}
+		return set(r)
+	}
+	dns := []netip.Addr{netip.MustParseAddr("192.0.2.53")}
+	if err := n.findKBS(t.Context()); boot.CodeOf(err) != boot.CodeFirewall {
+		t.Errorf("a firewall that refuses gave %v", err)
+	}
+	if err := n.setDNS(dns); boot.CodeOf(err) != boot.CodeFirewall {
+		t.Errorf("a firewall that refuses gave %v", err)
+	}
+	refuse = false
+	if err := errors.Join(n.findKBS(t.Context()), n.setDNS(dns)); err != nil || len(rules) != 2 || len(rules[1].KBS) != 1 || len(rules[1].DNS) != 1 {
+		t.Errorf("%v; firewall was set to %v, want KBS and resolver let through", err, rules)
 	}
 }
 

@@ -47,6 +47,9 @@ var (
 	ErrNoResource = errors.New("the KBS has no such resource")
 	// ErrAdminAuth: the admin token is not accepted.
 	ErrAdminAuth = errors.New("the KBS does not accept the admin token")
+	// ErrOldKBS: the KBS is of a generation (T) that crashes at evidence of
+	// NVIDIA's devices, which was therefore not sent.
+	ErrOldKBS = errors.New("the KBS is of a generation that crashes at it")
 	// ErrReferenceValue: reference values cannot be read or set.
 	ErrReferenceValue = errors.New("the KBS refused the reference value")
 )

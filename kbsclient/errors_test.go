@@ -15,7 +15,7 @@ import (
 
 var sentinels = []error{
 	ErrUnreachable, ErrTLS, ErrClock, ErrProtocol, ErrTooLarge, ErrNotSupported, ErrAttestationRefused, ErrPolicyDenied,
-	ErrPolicyEngine, ErrTokenNotFound, ErrTokenInvalid, ErrNoResource, ErrAdminAuth, ErrReferenceValue,
+	ErrPolicyEngine, ErrTokenNotFound, ErrTokenInvalid, ErrNoResource, ErrAdminAuth, ErrReferenceValue, ErrOldKBS,
 }
 
 // is asserts that err matches want and no other sentinel.

@@ -19,6 +19,7 @@ import (
 	"net"
 	"net/http"
 	"net/http/httptest"
+	"slices"
 	"strings"
 	"sync"
 	"testing"
@@ -34,7 +35,8 @@ type fakeKBS struct {
 	t        testing.TB
 	override map[string]http.HandlerFunc // by "METHOD /path behind /kbs/v0"
 	resource map[string][]byte
-	refuse   string // error type for every GET of a resource
+	refuse   string   // error type for every GET of a resource
+	tees     []string // that it knows
 
 	mu       sync.Mutex
 	calls    map[string]int
@@ -49,6 +51,7 @@ type fakeSession struct {
 func newFakeKBS(t testing.TB) *fakeKBS {
 	return &fakeKBS{
 		t:        t,
+		tees:     []string{"sample"},
 		override: map[string]http.HandlerFunc{},
 		resource: map[string][]byte{"keys/root/x": []byte("luks-key-0123456789abcdef")},
 		calls:    map[string]int{},
@@ -94,7 +97,7 @@ func (f *fakeKBS) serve(w http.ResponseWriter, r *http.Request, route string) {
 			Version, TEE string
 			Extra        json.RawMessage `json:"extra-params"`
 		}
-		if json.NewDecoder(r.Body).Decode(&req) != nil || req.Version != "0.4.0" || req.TEE != "sample" || req.Extra == nil {
+		if json.NewDecoder(r.Body).Decode(&req) != nil || req.Version != "0.4.0" || !slices.Contains(f.tees, req.TEE) || req.Extra == nil {
 			fail(w, "AttestationError", "Attestation error: RCAR handshake Auth failed: deserialize Request")
 			return
 		}

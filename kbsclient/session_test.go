@@ -108,6 +108,39 @@ func TestAdditionalEvidenceIsBound(t *testing.T) {
 	}
 }
 
+// TestNVIDIAEvidenceStaysAwayFromT: T's verifier panics at it. What tells T from
+// newer ones is a name that it does not know, in whatever form the evidence comes.
+func TestNVIDIAEvidenceStaysAwayFromT(t *testing.T) {
+	for _, text := range []string{`{"nvidia":{}}`, `{"sampledevice":{},"n\u0076idia":null}`} {
+		t.Run(text, func(t *testing.T) {
+			a := &composite{additional: text}
+			old := newFakeKBS(t)
+			_, err := serve(t, old, nil).Attest(t.Context(), a)
+			if !errors.Is(err, ErrOldKBS) || errors.Is(err, ErrAttestationRefused) || old.count("POST /attest") != 0 {
+				t.Errorf("T: %v after %d calls", err, old.count("POST /attest"))
+			}
+			later := newFakeKBS(t)
+			later.tees = []string{"sample", newTEE}
+			s, err := serve(t, later, nil).Attest(t.Context(), a)
+			if err != nil {
+				t.Fatalf("H: %v", err)
+			}
+			s.Close()
+			gone := newFakeKBS(t)
+			gone.override["POST /auth"] = func(w http.ResponseWriter, r *http.Request) {
+				if gone.count("POST /auth") > 1 { // the second is the question
+					w.WriteHeader(http.StatusBadGateway)
+					return
+				}
+				gone.serve(w, r, "POST /auth")
+			}
+			if _, err := serve(t, gone, nil).Attest(t.Context(), a); !errors.Is(err, ErrUnreachable) || gone.count("POST /attest") != 0 {
+				t.Errorf("no answer: %v after %d calls", err, gone.count("POST /attest"))
+			}
+		})
+	}
+}
+
 func TestBadEvidenceStaysHere(t *testing.T) {
 	kbs := newFakeKBS(t)
 	c := serve(t, kbs, nil)

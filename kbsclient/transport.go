@@ -34,7 +34,7 @@ func (c *Client) dialTLS(ctx context.Context, network, addr string) (net.Conn, e
 		return nil, err
 	}
 	if _, ok := c.resumable.Get(host); ok {
-		conn, err := c.handshake(ctx, network, addr, host, []tls.CurveID{tls.X25519, tls.CurveP256, tls.CurveP384})
+		conn, err := c.handshake(ctx, network, addr, host, []tls.CurveID{tls.CurveP256, tls.CurveP384})
 		switch {
 		case errors.Is(err, ErrUnreachable):
 			return nil, err

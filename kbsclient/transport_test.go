@@ -489,7 +489,7 @@ func TestTLSResumed(t *testing.T) {
 	server.CurvePreferences, server.MaxVersion = nil, tls.VersionTLS12 // as T, which has no hybrid one
 	get()                                                              // made anew, it resumes what the first try began
 	get()
-	const full, resumed = "false by X25519MLKEM768", "true by X25519"
+	const full, resumed = "false by X25519MLKEM768", "true by CurveP256"
 	if want := []string{full, resumed, resumed, full, resumed, full, resumed, resumed}; !slices.Equal(seen, want) {
 		t.Errorf("connections resumed: %q, want %q", seen, want)
 	}

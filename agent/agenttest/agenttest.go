@@ -11,7 +11,6 @@ import (
 	"encoding/json"
 	"fmt"
 	"os"
-	"os/exec"
 	"path/filepath"
 	"strings"
 	"sync"
@@ -152,9 +151,6 @@ func (b *Buffer) Await(t testing.TB, text string) {
 	}
 }
 
-// StartChild starts a child for a process that is not PID 1.
-func StartChild(cmd *exec.Cmd) (func() error, error) { return cmd.Wait, cmd.Start() }
-
 // StartDaemon starts containerd in a folder of its own.
 func StartDaemon(t testing.TB, layers string) *daemon.Daemon {
 	t.Helper()
@@ -166,7 +162,7 @@ func StartDaemon(t testing.TB, layers string) *daemon.Daemon {
 	d, err := daemon.Start(context.Background(), daemon.Config{
 		Binary: filepath.Join(bin, "containerd"), Path: bin,
 		Root: dir + "/root", State: dir + "/state", Snapshots: dir + "/upper", Layers: layers,
-		Log: &log, Start: StartChild, Printf: t.Logf,
+		Log: &log, Printf: t.Logf,
 	})
 	if err != nil {
 		t.Fatalf("%v\n%s", err, log.String())

@@ -149,7 +149,7 @@ func openRegular(dir *os.Root, name string) (*os.File, int64, error) {
 			return nil, 0, err
 		}
 	}
-	f, err := dir.OpenFile(name, os.O_WRONLY|os.O_APPEND|os.O_CREATE|unix.O_NOFOLLOW|unix.O_NONBLOCK, 0o644)
+	f, err := dir.OpenFile(name, os.O_WRONLY|os.O_APPEND|os.O_CREATE|unix.O_NONBLOCK, 0o644)
 	if err != nil {
 		return nil, 0, err
 	}

@@ -20,6 +20,7 @@ import (
 	"io"
 	"net/http"
 	"os"
+	"path/filepath"
 	"slices"
 	"strings"
 	"sync"
@@ -36,7 +37,7 @@ var ErrUnknown = errors.New("no certificate of the chip that signed the report i
 // Config says where to look.
 type Config struct {
 	Cache   string         // folder that keeps certificates, "": none
-	Folders []string       // folders with .pem and .der files of the user
+	Folders []string       // folders with .pem and .der files of the user, in the roots of drives
 	KDS     string         // https://host of AMD's service or a mirror, "": not asked
 	Roots   []verify.Roots // what certificates must chain to
 	HTTP    http.RoundTripper
@@ -186,7 +187,12 @@ func (s *Store) cached(r *snp.Report, name string) []byte {
 
 // inFolder looks through a folder that the host or the workload may have filled.
 func (s *Store) inFolder(r *snp.Report, dir string) []byte {
-	root, err := os.OpenRoot(dir)
+	drive, err := os.OpenRoot(filepath.Dir(dir))
+	if err != nil {
+		return nil
+	}
+	defer drive.Close()
+	root, err := drive.OpenRoot(filepath.Base(dir)) // no link leads out of the drive
 	if err != nil {
 		return nil
 	}

@@ -158,6 +158,12 @@ func TestFolder(t *testing.T) {
 	}
 	with := func(cfg *certs.Config) { cfg.Folders = []string{"/nonexistent", dir} }
 	c.find(t, c.store(with), "")
+	// The folder itself leads out of its drive.
+	link := filepath.Join(t.TempDir(), "amd_certs")
+	if err := os.Symlink(filepath.Dir(outside), link); err != nil {
+		t.Fatal(err)
+	}
+	c.find(t, c.store(func(cfg *certs.Config) { cfg.Folders = []string{link} }), "")
 	write("vcek.pem", pem.EncodeToMemory(&pem.Block{Type: "CERTIFICATE", Bytes: c.vcek}))
 	s := c.store(with)
 	c.find(t, s, dir)

@@ -63,28 +63,31 @@ func (g *Guard) Prepare(ctx context.Context) {
 	}
 }
 
-// AdditionalEvidence is kbsclient.DeviceAttester: it attests the GPUs with a nonce
-// out of the handshake's digest, and returns what the KBS gets of it.
-func (g *Guard) AdditionalEvidence(ctx context.Context, digest [48]byte) (string, error) {
+// Attest attests the GPUs with a nonce out of a handshake's digest. It returns what
+// the KBS gets of it as additional evidence, and what was found, also where that is
+// an error.
+func (g *Guard) Attest(ctx context.Context, digest [48]byte) (evidence string, found Found, err error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
 	if g.failed != nil {
-		return "", fmt.Errorf("the GPUs do no more work until the VM is restarted: %w", g.failed)
+		err := fmt.Errorf("the GPUs do no more work until the VM is restarted: %w", g.failed)
+		return "", Found{Code: codeIn(err)}, err
 	}
-	evidence, err := g.attest(ctx, gpu.DeviceNonce(digest))
+	list, err := g.attest(ctx, gpu.DeviceNonce(digest), &found)
 	if err != nil {
+		found.Code = codeIn(err)
 		if !gpu.CodeOf(err).Unreachable() && ctx.Err() == nil {
 			g.takeBack(ctx, err)
 		}
-		return "", err
+		return "", found, err
 	}
-	if !g.Send {
-		return "", nil
+	if g.Send {
+		evidence, err = gpu.MarshalEvidence(list)
 	}
-	return gpu.MarshalEvidence(evidence)
+	return evidence, found, err
 }
 
-func (g *Guard) attest(ctx context.Context, nonce [32]byte) ([]gpu.Evidence, error) {
+func (g *Guard) attest(ctx context.Context, nonce [32]byte, found *Found) ([]gpu.Evidence, error) {
 	settings, err := g.Source.Settings(ctx)
 	if err == nil {
 		err = g.Policy.CheckSettings(settings)
@@ -96,11 +99,13 @@ func (g *Guard) attest(ctx context.Context, nonce [32]byte) ([]gpu.Evidence, err
 	if err != nil {
 		return nil, err
 	}
+	found.list(evidence)
 	if n := len(evidence); g.Count != 0 && n != g.Count {
 		return nil, &gpu.Error{Code: gpu.CodeCount, Err: fmt.Errorf("there are %d GPUs, want %d", n, g.Count)}
 	}
 	for _, j := range g.Judges {
 		results, err := j.VerifyAll(ctx, evidence, nonce)
+		found.judged(len(results), err)
 		if err != nil {
 			return nil, err
 		}
@@ -110,12 +115,12 @@ func (g *Guard) attest(ctx context.Context, nonce [32]byte) ([]gpu.Evidence, err
 			}
 		}
 	}
-	return evidence, g.recognise(evidence)
+	return evidence, g.recognise(evidence, found)
 }
 
 // recognise compares the devices with those of the first round. The certificate of
 // a device's key is its identity, and every judge has checked it.
-func (g *Guard) recognise(evidence []gpu.Evidence) error {
+func (g *Guard) recognise(evidence []gpu.Evidence, round *Found) error {
 	var found []string
 	for _, e := range evidence {
 		serial, err := gpu.Serial(e.Chain)
@@ -123,6 +128,9 @@ func (g *Guard) recognise(evidence []gpu.Evidence) error {
 			return &gpu.Error{Code: gpu.CodeChainStructure, Err: err}
 		}
 		found = append(found, serial)
+	}
+	if g.known != nil {
+		round.unknown(found, g.known)
 	}
 	slices.Sort(found)
 	if g.known == nil {

@@ -27,6 +27,7 @@ type guest struct {
 	verifier *gpu.Verifier
 	lines    []string
 	round    byte
+	found    gpus.Found // by next
 }
 
 func newGuest(t *testing.T, n int) *guest {
@@ -55,12 +56,15 @@ func newGuest(t *testing.T, n int) *guest {
 // next makes a round with a fresh digest, and lets the GPUs work after a pass.
 func (g *guest) next(ctx context.Context) (string, error) {
 	g.round++
-	text, err := g.AdditionalEvidence(ctx, [48]byte{g.round, 47: 1})
+	text, found, err := g.Attest(ctx, [48]byte{g.round, 47: 1})
+	g.found = found
 	if err == nil {
 		err = g.Accept(ctx)
 	}
 	return text, err
 }
+
+func (g *guest) serial(i int) string { return g.driver.Devices[i].Chain[0].Cert.SerialNumber.String() }
 
 func (g *guest) ready() (ready uint32) {
 	g.driver.Edit(func(d *gpusim.Driver) { ready = d.Ready })
@@ -86,6 +90,18 @@ func TestRounds(t *testing.T) {
 			if gpu.CodeOf(err) != gpu.CodeMeasurement || !strings.Contains(err.Error(), fmt.Sprintf("GPU %d: ", n-1)) || g.ready() != 0 {
 				t.Errorf("a bad GPU: %v, ready %d", err, g.ready())
 			}
+			for i, d := range g.found.Devices {
+				want := gpus.Device{Serial: g.serial(i), Driver: "570.124.06", VBIOS: g.driver.Devices[i].VBIOS, Verdict: "pass"}
+				if i == n-1 {
+					want.Verdict, want.Code = "negative", gpu.CodeMeasurement
+				}
+				if d != want {
+					t.Errorf("record of GPU %d: %+v, want %+v", i, d, want)
+				}
+			}
+			if len(g.found.Devices) != n || g.found.Code != gpu.CodeMeasurement {
+				t.Errorf("record: %+v", g.found)
+			}
 			g.driver.Edit(func(d *gpusim.Driver) { clear(d.Bad) })
 			if _, err := g.next(t.Context()); gpu.CodeOf(err) != gpu.CodeMeasurement || !strings.Contains(err.Error(), "until the VM is restarted") || g.ready() != 0 {
 				t.Errorf("after a bad GPU: %v, ready %d", err, g.ready())
@@ -97,32 +113,33 @@ func TestRounds(t *testing.T) {
 // TestFailures has what can happen to GPUs that work.
 func TestFailures(t *testing.T) {
 	for _, m := range []struct {
-		name  string
-		code  gpu.Code
-		ready uint32 // afterwards
-		do    func(*guest, *gpusim.Driver)
+		name    string
+		code    gpu.Code
+		ready   uint32 // afterwards
+		devices string // verdicts in the record
+		do      func(*guest, *gpusim.Driver)
 	}{
-		{"nothing", "", 1, func(*guest, *gpusim.Driver) {}},
-		{"GPU is lost", "nvml", 0, func(_ *guest, d *gpusim.Driver) { d.Returns['R'] = 15 }},
-		{"helper crashes", "helper-crash", 0, func(_ *guest, d *gpusim.Driver) { d.Returns['C'] = gpusim.Crash }},
-		{"wrong nonce", "report-nonce", 0, func(_ *guest, d *gpusim.Driver) { d.Nonce = &[32]byte{} }},
-		{"a further GPU", "device-changed", 0, func(g *guest, d *gpusim.Driver) {
+		{"nothing", "", 1, "pass", func(*guest, *gpusim.Driver) {}},
+		{"GPU is lost", "nvml", 0, "", func(_ *guest, d *gpusim.Driver) { d.Returns['R'] = 15 }},
+		{"helper crashes", "helper-crash", 0, "", func(_ *guest, d *gpusim.Driver) { d.Returns['C'] = gpusim.Crash }},
+		{"wrong nonce", "report-nonce", 0, "negative", func(_ *guest, d *gpusim.Driver) { d.Nonce = &[32]byte{} }},
+		{"a further GPU", "device-changed", 0, "pass negative", func(g *guest, d *gpusim.Driver) {
 			further := g.world.NewDevice(gpu.Hopper)
 			further.Measurements = d.Devices[0].Measurements
 			d.Devices = append(d.Devices, further)
 		}},
-		{"another GPU in its place", "device-changed", 0, func(g *guest, d *gpusim.Driver) {
+		{"another GPU in its place", "device-changed", 0, "negative", func(g *guest, d *gpusim.Driver) {
 			other := g.world.NewDevice(gpu.Hopper)
 			other.Measurements = d.Devices[0].Measurements
 			d.Devices = []*gpusim.Device{other}
 		}},
-		{"GPUs are gone", "helper-answer", 0, func(_ *guest, d *gpusim.Driver) { d.Devices = nil }},
-		{"not as many as there must be", "device-count", 0, func(g *guest, _ *gpusim.Driver) { g.Count = 2 }},
-		{"DevTools", "settings-devtools", 0, func(_ *guest, d *gpusim.Driver) { d.Settings.DevTools = 1 }},
-		{"CC off", "settings-cc-off", 0, func(_ *guest, d *gpusim.Driver) { d.Settings.Feature = 0 }},
-		{"protected PCIe", "settings-ppcie", 0, func(_ *guest, d *gpusim.Driver) { d.Settings.MultiGPU, d.Settings.Feature = 1, 0 }},
-		{"no RIM any more", "driver-rim-missing", 0, func(g *guest, _ *gpusim.Driver) { g.verifier.RIMs = gpusim.RIMs{} }},
-		{"RIM service cannot be reached", "driver-rim-fetch", 1, func(g *guest, _ *gpusim.Driver) {
+		{"GPUs are gone", "helper-answer", 0, "", func(_ *guest, d *gpusim.Driver) { d.Devices = nil }},
+		{"not as many as there must be", "device-count", 0, "unjudged", func(g *guest, _ *gpusim.Driver) { g.Count = 2 }},
+		{"DevTools", "settings-devtools", 0, "", func(_ *guest, d *gpusim.Driver) { d.Settings.DevTools = 1 }},
+		{"CC off", "settings-cc-off", 0, "", func(_ *guest, d *gpusim.Driver) { d.Settings.Feature = 0 }},
+		{"protected PCIe", "settings-ppcie", 0, "", func(_ *guest, d *gpusim.Driver) { d.Settings.MultiGPU, d.Settings.Feature = 1, 0 }},
+		{"no RIM any more", "driver-rim-missing", 0, "negative", func(g *guest, _ *gpusim.Driver) { g.verifier.RIMs = gpusim.RIMs{} }},
+		{"RIM service cannot be reached", "driver-rim-fetch", 1, "unknown", func(g *guest, _ *gpusim.Driver) {
 			g.verifier.RIMs = rim.Service{URL: "http://127.0.0.1:1", Client: http.DefaultClient}
 		}},
 	} {
@@ -135,6 +152,13 @@ func TestFailures(t *testing.T) {
 			_, err := g.next(t.Context())
 			if got := gpu.CodeOf(err); got != m.code || g.ready() != m.ready {
 				t.Errorf("code %q, want %q; ready %d, want %d: %v", got, m.code, g.ready(), m.ready, err)
+			}
+			var verdicts []string
+			for _, d := range g.found.Devices {
+				verdicts = append(verdicts, d.Verdict)
+			}
+			if got := strings.Join(verdicts, " "); g.found.Code != m.code || got != m.devices {
+				t.Errorf("record: code %q of GPUs %q, want %q of %q", g.found.Code, got, m.code, m.devices)
 			}
 		})
 	}
@@ -179,9 +203,12 @@ func TestNotReady(t *testing.T) {
 func TestSend(t *testing.T) {
 	g := newGuest(t, 2)
 	g.Send, g.Judges = true, nil
-	text, err := g.AdditionalEvidence(t.Context(), [48]byte{7, 47: 1})
+	text, found, err := g.Attest(t.Context(), [48]byte{7, 47: 1})
 	if err != nil {
 		t.Fatal(err)
+	}
+	if len(found.Devices) != 2 || found.Devices[1].Verdict != "unjudged" {
+		t.Errorf("record: %+v", found)
 	}
 	devices, err := gpu.ParseEvidence(text)
 	if err != nil {

@@ -20,6 +20,7 @@ import (
 	"net/netip"
 	"os"
 	"path"
+	"path/filepath"
 	"regexp"
 	"strings"
 	"time"
@@ -96,12 +97,8 @@ func Parse(text []byte) (*Export, error) {
 
 // Read reads the file of a drive. It returns nil where there is none.
 func Read(drive string) (*Export, error) {
-	root, err := os.OpenRoot(drive)
-	if err != nil {
-		return nil, err
-	}
-	defer root.Close()
-	f, err := root.OpenFile(File, os.O_RDONLY|unix.O_NONBLOCK|unix.O_NOFOLLOW, 0)
+	// Not os.Root, which follows a link that stays within.
+	f, err := os.OpenFile(filepath.Join(drive, File), os.O_RDONLY|unix.O_NONBLOCK|unix.O_NOFOLLOW, 0)
 	if errors.Is(err, fs.ErrNotExist) {
 		return nil, nil
 	}

@@ -68,7 +68,10 @@ func FuzzParse(f *testing.F) {
 // The file is the host's to make.
 func TestReadHostile(t *testing.T) {
 	for name, lay := range map[string]func(string) error{
-		"link":   func(p string) error { return os.Symlink("/etc/passwd", p) },
+		"link": func(p string) error { return os.Symlink("/etc/passwd", p) },
+		"link within": func(p string) error {
+			return errors.Join(os.WriteFile(p+".other", []byte("nas:/x\n"), 0o644), os.Symlink(File+".other", p))
+		},
 		"pipe":   func(p string) error { return unix.Mkfifo(p, 0o644) },
 		"folder": func(p string) error { return os.Mkdir(p, 0o755) },
 		"huge":   func(p string) error { return os.WriteFile(p, make([]byte, 1<<20), 0o644) },

@@ -59,7 +59,7 @@ func Prepare(p guestconfig.Profile, vault string) (removed []string, err error) 
 
 // glob finds what matches, level by level, without following a symlink.
 func glob(root *os.Root, dir string, pattern []string) ([]string, error) {
-	d, err := root.OpenFile(dir, os.O_RDONLY|syscall.O_DIRECTORY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
+	d, err := root.OpenFile(dir, os.O_RDONLY|syscall.O_DIRECTORY|syscall.O_NONBLOCK, 0)
 	if err != nil {
 		if errors.Is(err, fs.ErrNotExist) || errors.Is(err, syscall.ENOTDIR) || errors.Is(err, syscall.ELOOP) {
 			err = nil

@@ -121,8 +121,8 @@ func (s *Supervisor) keep(life, starts context.Context, run <-chan struct{}, beg
 
 // Kill ends the job at once, for good. nil means that nothing of it is left.
 func (s *Supervisor) Kill(ctx context.Context) error {
-	if s.halt == nil {
-		return nil
+	if s.halt == nil { // it never started, as far as a start that failed tells
+		return s.Job.Kill(ctx)
 	}
 	s.halt()
 	s.abort()
@@ -133,7 +133,7 @@ func (s *Supervisor) Kill(ctx context.Context) error {
 // under way may finish within the grace: what runs can be asked.
 func (s *Supervisor) Stop(ctx context.Context, grace time.Duration) error {
 	if s.halt == nil {
-		return nil
+		return s.Kill(ctx)
 	}
 	s.halt()
 	until := s.Now() + grace

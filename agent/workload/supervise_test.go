@@ -4,6 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"os"
+	"path/filepath"
 	"strings"
 	"sync"
 	"testing"
@@ -204,6 +206,41 @@ func TestNoStartAfterStop(t *testing.T) {
 }
 
 // A stop that meets a start lets it finish and asks what runs then.
+// A start that failed may have left something: containerd was told to start it,
+// and only its answer was cut off.
+func TestKillAfterAFailedStart(t *testing.T) {
+	root := t.TempDir()
+	kill := filepath.Join(root, "workload", "cgroup.kill")
+	if err := os.Mkdir(filepath.Dir(kill), 0o700); err != nil {
+		t.Fatal(err)
+	}
+	for name, end := range map[string]func(*Supervisor) error{
+		"kill": func(s *Supervisor) error { return s.Kill(t.Context()) },
+		"stop": func(s *Supervisor) error { return s.Stop(t.Context(), time.Second) },
+	} {
+		t.Run(name, func(t *testing.T) {
+			if err := os.WriteFile(kill, nil, 0o600); err != nil {
+				t.Fatal(err)
+			}
+			s := &Supervisor{Job: cutOff{&Runner{cfg: Config{CgroupRoot: root, Cgroup: "/workload"}}}, Before: func() {}, Now: func() time.Duration { return 0 }}
+			if _, err := s.Start(t.Context()); err == nil {
+				t.Fatal("the start did not fail")
+			}
+			if err := end(s); err != nil {
+				t.Error(err)
+			}
+			if b, err := os.ReadFile(kill); err != nil || string(b) != "1" {
+				t.Errorf("the workload's group got %q, %v: want it killed", b, err)
+			}
+		})
+	}
+}
+
+// cutOff is a runner whose first start fails.
+type cutOff struct{ *Runner }
+
+func (cutOff) Start(context.Context) (<-chan struct{}, error) { return nil, context.DeadlineExceeded }
+
 func TestStopWhileItStarts(t *testing.T) {
 	supervise(t, guestconfig.RestartAlways, func(t *testing.T, b *bench) {
 		b.job.mu.Lock()

@@ -268,11 +268,11 @@ func within(ctx context.Context, f func()) {
 // it pauses them, so that none acts any more, and kills. nil means that none is
 // left.
 func (r *Runner) Kill(ctx context.Context) error {
+	killed := r.killCgroup() // also what a start that failed half-way has left
 	task, done := r.run()
 	if done == nil {
 		return nil
 	}
-	killed := r.killCgroup()
 	if killed != nil {
 		pause, cancel := context.WithTimeout(ctx, askTime)
 		task.Pause(pause) // the kill is what counts

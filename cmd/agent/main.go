@@ -28,6 +28,10 @@ func main() {
 		fmt.Fprintln(os.Stderr, "agent: runs in a Coffer guest only, as PID 1's child")
 		os.Exit(2)
 	}
+	if err := boot.ReportCrashes(); err != nil {
+		fmt.Fprintln(os.Stderr, "agent: console:", err)
+		os.Exit(1)
+	}
 	// The host decides how fast the console is read, if at all. The agent's own
 	// lines and the workload's have a queue each.
 	console := &console{}

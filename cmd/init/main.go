@@ -20,7 +20,12 @@ func main() {
 		fmt.Fprintln(os.Stderr, "init: runs as the first program of a Coffer guest only")
 		os.Exit(2)
 	}
-	log := boot.NewLog(os.Stdout, evidence.Platform == guestconfig.PlatformSimulated, boot.SinceKernelStart)
+	console, err := boot.OpenConsole()
+	if err != nil {
+		fmt.Fprintln(os.Stderr, "init: console:", err)
+		os.Exit(1) // the kernel panics
+	}
+	log := boot.NewLog(console, evidence.Platform == guestconfig.PlatformSimulated, boot.SinceKernelStart)
 	if os.Args[0] == watch.Self {
 		watch.Run(log, guestconfig.AgentPath, boot.PowerOff)
 	} else {

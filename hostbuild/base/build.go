@@ -541,5 +541,8 @@ func writeAtomic(name string, data []byte) error {
 	}
 	defer os.Remove(f.Name())
 	_, err = f.Write(data)
-	return errors.Join(err, f.Close(), os.Rename(f.Name(), name))
+	if err = errors.Join(err, f.Close()); err != nil {
+		return err
+	}
+	return os.Rename(f.Name(), name)
 }

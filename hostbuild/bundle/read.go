@@ -62,7 +62,7 @@ func Unpack(ctx context.Context, name, dir string) (string, error) {
 		case !guestconfig.ValidCVMID(folder) || top != "" && folder != top:
 			return bad("a member %q", h.Name)
 		case h.Typeflag == tar.TypeDir:
-		case h.Typeflag != tar.TypeReg || !slices.Contains(names, file) || seen[file]:
+		case h.Typeflag != tar.TypeReg || !slices.Contains(names, file) || seen[file] || sparse(h):
 			return bad("a member %q", h.Name)
 		}
 		if top == "" {
@@ -86,6 +86,17 @@ func Unpack(ctx context.Context, name, dir string) (string, error) {
 		return bad("it is empty")
 	}
 	return filepath.Join(dir, top), nil
+}
+
+// sparse tells whether a member may be larger than what the archive holds of it:
+// a few bytes could fill any disk.
+func sparse(h *tar.Header) bool {
+	for k := range h.PAXRecords {
+		if strings.HasPrefix(k, "GNU.sparse.") {
+			return true
+		}
+	}
+	return false
 }
 
 func unpackFile(ctx context.Context, name string, r io.Reader) (err error) {

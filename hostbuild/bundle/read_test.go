@@ -6,11 +6,13 @@ import (
 	"compress/gzip"
 	"errors"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"strings"
 	"testing"
 
 	"coffer/initramfs"
+	"coffer/internal/testenv"
 )
 
 const testID = "cvm_0123456789ab"
@@ -34,6 +36,21 @@ func packed(t testing.TB, headers ...tar.Header) []byte {
 	return buf.Bytes()
 }
 
+// sparseMember is an archive of a file that is a hole of 64 MiB, as `tar
+// --sparse --format=pax` packs it.
+func sparseMember(t testing.TB) []byte {
+	t.Helper()
+	name := filepath.Join(t.TempDir(), testID, Kernel)
+	if err := errors.Join(os.Mkdir(filepath.Dir(name), 0o755), os.WriteFile(name, nil, 0o644), os.Truncate(name, 64<<20)); err != nil {
+		t.Fatal(err)
+	}
+	out, err := exec.Command(testenv.LookTool(t, "tar"), "-C", filepath.Dir(filepath.Dir(name)), "--sparse", "--format=pax", "-czf", "-", testID+"/"+Kernel).Output()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return out
+}
+
 // Unpack writes a bundle's files and nothing else, wherever the archive comes from.
 func TestUnpackRefuses(t *testing.T) {
 	good := packed(t, tar.Header{Name: testID + "/", Typeflag: tar.TypeDir}, tar.Header{Name: testID + "/" + Kernel})
@@ -52,6 +69,7 @@ func TestUnpackRefuses(t *testing.T) {
 		"link":            {packed(t, tar.Header{Name: testID + "/" + Kernel, Typeflag: tar.TypeSymlink, Linkname: "/etc/passwd"}), "member"},
 		"device":          {packed(t, tar.Header{Name: testID + "/" + Kernel, Typeflag: tar.TypeChar}), "member"},
 		"folder for file": {packed(t, tar.Header{Name: testID + "/" + Kernel + "/", Typeflag: tar.TypeDir}), "member"},
+		"sparse":          {sparseMember(t), "member"},
 		"empty":           {packed(t), "empty"},
 		"no gzip":         {[]byte("hello, this is no archive"), "gzip"},
 		"cut":             {good[:len(good)-9], ""},

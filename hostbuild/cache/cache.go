@@ -49,8 +49,12 @@ const (
 	newPrefix = ".new-"
 )
 
-// ErrDamaged is wrapped by errors about entries that are not what was stored.
-var ErrDamaged = errors.New("damaged cache entry")
+var (
+	// ErrDamaged is wrapped by errors about entries that are not what was stored.
+	ErrDamaged = errors.New("damaged cache entry")
+	// ErrTooLarge is of a layer that is larger than its drive.
+	ErrTooLarge = errors.New("too large for the drive")
+)
 
 // Cache is a folder of entries. Several processes may use it at once.
 type Cache struct{ dir string }
@@ -205,15 +209,17 @@ func (c *Cache) Drop(diffID string) error {
 // NewLayer is a layer on its way into the cache. An error of writing is kept and
 // ends it, since no build fails for its cache.
 type NewLayer struct {
-	c   *Cache
-	f   *os.File
-	w   *bufio.Writer
-	err error
+	c    *Cache
+	f    *os.File
+	w    *bufio.Writer
+	left int64
+	err  error
 }
 
-// NewLayer starts a layer.
-func (c *Cache) NewLayer() *NewLayer {
-	n := &NewLayer{c: c}
+// NewLayer starts a layer of at most so many bytes: a small archive must not fill
+// the disk with layers that no drive will hold.
+func (c *Cache) NewLayer(most int64) *NewLayer {
+	n := &NewLayer{c: c, left: most}
 	if n.f, n.err = create(c.layers()); n.err == nil {
 		n.w = bufio.NewWriterSize(n.f, 1<<20)
 	}
@@ -222,6 +228,9 @@ func (c *Cache) NewLayer() *NewLayer {
 
 // Write appends to the blob. It reports no error: Commit does.
 func (n *NewLayer) Write(p []byte) (int, error) {
+	if n.left -= int64(len(p)); n.err == nil && n.left < 0 {
+		n.err = ErrTooLarge
+	}
 	if n.err == nil {
 		_, n.err = n.w.Write(p)
 	}

@@ -37,7 +37,7 @@ func put(t *testing.T, c *Cache, id string, blocks int) (blob, hashes []byte) {
 	t.Helper()
 	blob = bytes.Repeat([]byte(id)[:64], blocks*blockSize/64)
 	hashes = bytes.Repeat([]byte{7}, blocks*hashSize)
-	n := c.NewLayer()
+	n := c.NewLayer(1 << 30)
 	defer n.Close()
 	n.Write(make([]byte, blockSize))
 	n.Write(blob[blockSize:])
@@ -90,14 +90,14 @@ func TestLayers(t *testing.T) {
 
 func TestNotCommitted(t *testing.T) {
 	c, dir := open(t)
-	n := c.NewLayer()
+	n := c.NewLayer(1 << 30)
 	n.Write([]byte("half"))
 	n.Close()
 	if left, _ := filepath.Glob(filepath.Join(dir, version, "*/*")); len(left) > 0 {
 		t.Errorf("left: %v", left)
 	}
 	// A killed build's file has no lock any more; a running one's has.
-	running := c.NewLayer()
+	running := c.NewLayer(1 << 30)
 	defer running.Close()
 	os.WriteFile(filepath.Join(dir, version, "layers/.new-1"), nil, 0o600)
 	os.WriteFile(filepath.Join(dir, version, "archives/.new-1"), nil, 0o600)
@@ -222,4 +222,26 @@ func TestArchiveKey(t *testing.T) {
 		return
 	}
 	t.Error("no key after ten seconds")
+}
+
+// A layer that its drive cannot hold does not fill the disk.
+func TestLayerTooLarge(t *testing.T) {
+	c, err := Open(filepath.Join(t.TempDir(), "cache"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	n := c.NewLayer(1 << 20)
+	defer n.Close()
+	for range 64 {
+		if w, err := n.Write(make([]byte, 1<<20)); w != 1<<20 || err != nil {
+			t.Fatalf("%d, %v: a build does not fail for its cache", w, err)
+		}
+	}
+	n.EndBlob(make([]byte, 4096))
+	if err := n.Commit("sha256:"+strings.Repeat("ab", 32), strings.NewReader("")); !errors.Is(err, ErrTooLarge) {
+		t.Errorf("commit: %v", err)
+	}
+	if st, err := n.f.Stat(); err != nil || st.Size() > 1<<20 {
+		t.Errorf("%v, %v", st.Size(), err)
+	}
 }

@@ -14,6 +14,7 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"unicode"
 
 	"github.com/spf13/cobra"
 	"golang.org/x/sys/unix"
@@ -93,8 +94,18 @@ func isYAML(name string) bool {
 // What is not UTF-8 in it, from a file's name, would end NVFlare's reader.
 func (a *App) say(heading, text string) {
 	for line := range strings.SplitSeq(strings.ToValidUTF8(text, "\uFFFD"), "\n") {
-		fmt.Fprintf(a.Stderr, "%s: %s\n", heading, line)
+		fmt.Fprintf(a.Stderr, "%s: %s\n", heading, visible(line))
 	}
+}
+
+// visible is a text, whoever wrote it, as a terminal may have it.
+func visible(text string) string {
+	return strings.Map(func(r rune) rune {
+		if r != '\t' && !unicode.IsGraphic(r) {
+			return '?'
+		}
+		return r
+	}, text)
 }
 
 // Command is the whole command line, for those who describe it.

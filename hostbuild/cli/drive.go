@@ -28,7 +28,7 @@ func (a *App) drive() *cobra.Command {
 				return err
 			}
 			for _, e := range entries {
-				fmt.Fprintf(a.Stdout, "%06o %5d %5d %12d  %s\n", e.Mode, e.UID, e.GID, e.Size, e.Name)
+				fmt.Fprintf(a.Stdout, "%06o %5d %5d %12d  %s\n", e.Mode, e.UID, e.GID, e.Size, visible(e.Name))
 			}
 			return nil
 		},

@@ -50,8 +50,11 @@ func (a *App) completeCVM(_ *cobra.Command, args []string, _ string) ([]string, 
 
 func (a *App) policy() *cobra.Command {
 	add := &cobra.Command{
-		Use:     "add BUNDLE",
-		Short:   "Add the rule of an unpacked bundle, or replace it",
+		Use:   "add BUNDLE",
+		Short: "Add the rule of an unpacked bundle, or replace it",
+		Long: `Adds the rule of an unpacked bundle, or replaces it: the launch digests of its
+manifest.json may have its key. Unpack the archive that was built here; a folder that
+comes back from a site has the digests that its host wrote.`,
 		Example: "  hostbuild policy add ./cvm_0123456789ab",
 		Args:    usage(cobra.ExactArgs(1)),
 		RunE: func(cmd *cobra.Command, args []string) error {

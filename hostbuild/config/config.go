@@ -7,7 +7,6 @@
 package config
 
 import (
-	"fmt"
 	"net/netip"
 	"path"
 	"path/filepath"
@@ -355,11 +354,18 @@ func workload(c *Config, m *yamlcheck.Map) {
 	}
 	env := m.Map("env")
 	for _, k := range env.Keys() {
+		v := env.String(k, "")
 		if k == "" || strings.ContainsAny(k, "=\x00") {
 			env.Faultf(k, "is not a variable's name")
-			continue
+		} else if strings.Contains(v, "\x00") {
+			env.Faultf(k, "%q holds a zero byte", v)
 		}
-		w.Env = append(w.Env, fmt.Sprintf("%s=%s", k, env.String(k, "")))
+		w.Env = append(w.Env, k+"="+v)
+	}
+	for i, a := range w.Args {
+		if strings.Contains(a, "\x00") {
+			m.FaultItemf("args", i, "%q holds a zero byte", a)
+		}
 	}
 	c.Workload = w
 	c.Profile = m.OneOf("profile", "", ProfileNames()...)

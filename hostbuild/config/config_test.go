@@ -37,7 +37,7 @@ func TestReadsWhatNVFlareSends(t *testing.T) {
 			if len(c.Warnings) != 0 {
 				t.Errorf("warnings: %q", c.Warnings)
 			}
-			if c.Role != tc.role || !slices.Equal(c.Network.AllowedPorts, tc.in) && len(tc.in) > 0 || !slices.Equal(c.Network.AllowedOutPorts, tc.out) && len(tc.out) > 0 {
+			if c.Role != tc.role || !slices.Equal(c.Network.AllowedPorts, tc.in) || !slices.Equal(c.Network.AllowedOutPorts, tc.out) {
 				t.Errorf("role %q, ports %v, out %v", c.Role, c.Network.AllowedPorts, c.Network.AllowedOutPorts)
 			}
 			if c.RootDriveSize != 30*GB || c.ApplogDriveSize != GB {
@@ -96,6 +96,8 @@ func TestFaults(t *testing.T) {
 		{"cpu model", "docker_archive: a\ncpu_models: [EPYC-v4, EPYC-Genoaa]\n", `c.yaml:2:23: cpu_models: "EPYC-Genoaa" is no CPU model whose launch digest can be computed: did you mean EPYC-Genoa?`},
 		{"memory", "docker_archive: a\nmemory_mib: 256\n", `memory_mib: "256" is not a whole number from 512`},
 		{"memory of the workload", "docker_archive: a\nmemory_mib: 1024\nworkload: {memory_mib: 2048}\n", `c.yaml:2:13: memory_mib: the VM has 1024 MiB, and workload.memory_mib is 2048`},
+		{"environment", "docker_archive: a\nworkload: {env: {A: \"x\\0y\"}}\n", `c.yaml:2:21: workload.env.A: "x\x00y" holds a zero byte`},
+		{"argument", "docker_archive: a\nworkload: {args: [a, \"x\\0y\"]}\n", `c.yaml:2:22: workload.args: "x\x00y" holds a zero byte`},
 		{"tcb", "docker_archive: a\nmin_tcb: {snp: 256}\n", `c.yaml:2:16: min_tcb.snp: "256" is not a whole number from 0 to 255`},
 		{"tcb misspelt", "docker_archive: a\nmin_tcb: {microcod: 1}\n", `unknown key min_tcb.microcod: did you mean microcode?`},
 		{"gateway missing", "docker_archive: a\nnetwork: {address: 192.0.2.7/24}\n", `network.gateway is missing`},

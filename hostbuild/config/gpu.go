@@ -46,6 +46,7 @@ func gpu(m *yamlcheck.Map, n guestconfig.Network) *GPU {
 		service = ""
 	}
 	c.RIMService = g.String("rim_service", service)
+	c.NRASURL = g.String("nras_url", "")
 	c.AllowExpiredRIM, c.AllowHold = g.Bool("allow_expired_rims", false), g.Bool("allow_cert_hold", false)
 	c.OCSP = g.OneOf("ocsp", "require", "require", "allow_cached", "off")
 	age := int(g.Int("ocsp_max_age", gpuOCSPMaxAge, 1, 366*86400))
@@ -70,11 +71,19 @@ func gpu(m *yamlcheck.Map, n guestconfig.Network) *GPU {
 	if c.OCSPAnswers != "" && c.OCSP != "allow_cached" {
 		g.Faultf("ocsp_answers", "are used only with ocsp: allow_cached")
 	}
+	if c.NRASURL != "" && !c.NRAS() {
+		g.Faultf("nras_url", "is asked only in the modes nras and local+nras")
+	}
 	for _, need := range []struct{ key, url string }{
-		{"mode", service443(c.NRAS())}, {"rim_service", c.RIMService}, {"ocsp", service443(c.Local() && c.OCSP != "off" && c.OCSPAnswers == "")},
+		{"mode", service443(c.NRAS() && c.NRASURL == "")}, {"nras_url", c.NRASURL}, {"rim_service", c.RIMService},
+		{"ocsp", service443(c.Local() && c.OCSP != "off" && c.OCSPAnswers == "")},
 	} {
-		if p := portOf(need.url); p != 0 && !slices.Contains(n.AllowedOutPorts, guestconfig.Port{Port: p, Proto: "tcp"}) {
-			g.Faultf(need.key, "NVIDIA's service is asked at TCP port %d, which is none of allowed_out_ports; add it, or take rims and ocsp_answers into the bundle", p)
+		switch p := portOf(need.url); {
+		case need.url == "":
+		case !guestconfig.ValidService(need.url):
+			g.Faultf(need.key, "%q is not https://host", need.url)
+		case !slices.Contains(n.AllowedOutPorts, guestconfig.Port{Port: p, Proto: "tcp"}):
+			g.Faultf(need.key, "the service is asked at TCP port %d, which is none of allowed_out_ports; add it, or take rims and ocsp_answers into the bundle", p)
 		}
 	}
 	return c
@@ -88,8 +97,7 @@ func service443(asked bool) string {
 	return ""
 }
 
-// portOf is the port of an address, 0 where there is none; Validate finds what is
-// wrong with it.
+// portOf is the port of an address, 0 where there is none.
 func portOf(address string) uint16 {
 	u, err := url.Parse(address)
 	if err != nil || address == "" {

@@ -25,6 +25,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strconv"
+	"strings"
 	"time"
 
 	"golang.org/x/sync/errgroup"
@@ -99,6 +100,9 @@ func Build(ctx context.Context, p Params) (*Result, error) {
 	}
 	id, err := newID(p.rand)
 	if err != nil {
+		return nil, err
+	}
+	if err := checkGuestConfig(p, id, string(reg.CA), guestBase, in); err != nil {
 		return nil, err
 	}
 	w, err := newWork(ctx, s.OutputDir, id, reg)
@@ -378,6 +382,19 @@ func guestConfig(p Params, id, ca string, b *base.Base, root *disk.Root, in inpu
 		Network: c.Network, Attestation: c.Attestation, Workload: w, UserConfig: in.pinned, Peers: c.Peers, API: api,
 		GPU: gpuGuard(c, id, in.gpu.pins, b), VCEKs: in.vceks, ACPITables: c.ACPITables,
 	}
+}
+
+// checkGuestConfig finds what a guest would refuse of config and settings, before
+// there is a disk: one that is made up stands in for it.
+func checkGuestConfig(p Params, id, ca string, b *base.Base, in inputs) error {
+	zeros := strings.Repeat("0", 64)
+	madeUp := &disk.Root{
+		HeaderSHA256: zeros, DataOffset: luks2.DataOffset, PayloadSize: 1 << 30,
+		Verity:  guestconfig.Verity{RootHash: zeros, Salt: zeros, DataBlocks: 1, HashStartBlock: 2},
+		Scratch: guestconfig.Scratch{Offset: 1 << 20, Size: 1 << 20},
+	}
+	madeUp.Image.Name, madeUp.Image.Digest = "image", "sha256:"+zeros
+	return guestConfig(p, id, ca, b, madeUp, in).Validate()
 }
 
 // assemble packs all files but crypt_root, and predicts the launch digests.

@@ -8,6 +8,7 @@ import (
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
+	"errors"
 	"fmt"
 	"io"
 	"log/slog"
@@ -26,6 +27,7 @@ import (
 	"coffer/hostbuild/kbs"
 	"coffer/hostbuild/register"
 	"coffer/hostbuild/settings"
+	"coffer/internal/guestconfig"
 	"coffer/internal/testenv"
 	"coffer/test/fakebase"
 )
@@ -559,6 +561,26 @@ func TestDamagedPolicy(t *testing.T) {
 	p.Progress = func(stage string, _, _ int64) { t.Errorf("the work began: %s", stage) }
 	if _, err := Build(t.Context(), p); err == nil || !strings.Contains(err.Error(), path) {
 		t.Errorf("error %v", err)
+	}
+}
+
+// What a guest would refuse ends the build before its work, not after it.
+func TestGuestWouldRefuse(t *testing.T) {
+	for words, change := range map[string]func(p *Params){
+		"kbs.url":            func(p *Params) { p.Settings.KBSGuestURL += "/path" },
+		"api.kds":            func(p *Params) { p.Config.API.KDS = "kds.example" },
+		"peers.measurements": func(p *Params) { p.Config.Peers.Measurements = []string{"abc"} },
+	} {
+		r := newRig(t)
+		p := r.params(t)
+		p.Progress = func(stage string, _, _ int64) { t.Errorf("%s: the work began: %s", words, stage) }
+		change(&p)
+		if _, err := Build(t.Context(), p); !errors.Is(err, guestconfig.ErrInvalid) || !strings.Contains(err.Error(), words) {
+			t.Errorf("%s: %v", words, err)
+		}
+		if ids := r.rules(t); len(ids) > 0 {
+			t.Errorf("%s: rules %v", words, ids)
+		}
 	}
 }
 

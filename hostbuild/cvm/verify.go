@@ -74,7 +74,7 @@ func Verify(ctx context.Context, v VerifyParams) (*bundle.Manifest, []Check, err
 		return nil, nil, err
 	}
 	checks = append(checks,
-		Check{"guest config", checkGuestConfig(dir, m)},
+		Check{"guest config", compareGuestConfig(dir, m)},
 		Check{"LUKS2 header", checkHeader(dir, m)},
 		Check{"launch digests", checkDigests(dir, m)},
 	)
@@ -88,8 +88,8 @@ func Verify(ctx context.Context, v VerifyParams) (*bundle.Manifest, []Check, err
 	return m, checks, nil
 }
 
-// checkGuestConfig compares what the guest will trust with what the manifest says.
-func checkGuestConfig(dir string, m *bundle.Manifest) error {
+// compareGuestConfig compares what the guest will trust with what the manifest says.
+func compareGuestConfig(dir string, m *bundle.Manifest) error {
 	b, err := os.ReadFile(filepath.Join(dir, bundle.Initrd))
 	if err != nil {
 		return err

@@ -316,7 +316,7 @@ func (b *rootBuilder) layer(index int, r io.Reader) error {
 	bl := blob{start: b.out.off}
 	var out io.Writer = b.out
 	if b.source.store != nil {
-		bl.entry = b.source.store.NewLayer()
+		bl.entry = b.source.store.NewLayer(b.out.sealer.size - b.out.off)
 		out = io.MultiWriter(b.out, bl.entry)
 	}
 	b.blobs = append(b.blobs, bl)

@@ -31,7 +31,10 @@ func (s *Server) verifyDevices(ctx context.Context, b bound) ([]map[string]any, 
 		return nil, err
 	}
 	results, err := s.devices.VerifyAll(ctx, list, gpu.DeviceNonce(b.deviceDigest()))
-	if err != nil {
+	switch {
+	case gpu.CodeOf(err).Unreachable():
+		return nil, fmt.Errorf("%w: device evidence: %w", errUnavailable, err)
+	case err != nil:
 		return nil, fmt.Errorf("device evidence: %w", err)
 	}
 	var devices []map[string]any

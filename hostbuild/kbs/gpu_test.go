@@ -2,8 +2,11 @@ package kbs
 
 import (
 	"context"
+	"crypto/rand"
 	"encoding/base64"
 	"encoding/json"
+	"errors"
+	"net/http/httptest"
 	"os"
 	"path/filepath"
 	"strings"
@@ -11,6 +14,7 @@ import (
 	"time"
 
 	"coffer/internal/gpu"
+	"coffer/internal/gpu/ocsp"
 	"coffer/kbsclient"
 	"coffer/test/gpusim"
 )
@@ -116,6 +120,29 @@ allow if {
 	}
 }
 
+// TestDevicesWithoutAVerdict: while NVIDIA's services do not answer, guests are not
+// refused: their agents would stop the workload.
+func TestDevicesWithoutAVerdict(t *testing.T) {
+	w := gpusim.NewWorld()
+	d := w.NewDevice(gpu.Hopper)
+	away := httptest.NewServer(nil)
+	away.Close()
+	verifier := &gpu.Verifier{
+		DeviceRoot: w.DeviceRoot.Cert, RIMRoot: w.RIMRoot.Cert, RIMs: w.NewRIMs(d), Now: func() time.Time { return gpusim.Now },
+		Policy: gpu.Policy{OCSP: gpu.OCSPRequire}, OCSP: &ocsp.Client{URL: away.URL, HTTP: away.Client(), Now: time.Now, Rand: rand.Reader},
+	}
+	r := newRig(t, Options{Dialect: DialectH, AllowSimulated: true, Devices: verifier, SimulatedDevices: true})
+	ca := must(os.ReadFile(filepath.Join(r.dir, caCertFile)))
+	client, err := kbsclient.New(kbsclient.Config{URL: r.url, RootCAs: ca, Now: r.clock.now})
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := client.Attest(t.Context(), gpus{devices: []*gpusim.Device{d}}); !errors.Is(err, kbsclient.ErrUnreachable) || errors.Is(err, kbsclient.ErrAttestationRefused) {
+		t.Errorf("attest: %v\n%s", err, r.log)
+	}
+	r.reason("ocsp-unreachable")
+}
+
 // TestDevicesAreCovered: evidence of the CPU covers that of the GPUs.
 func TestDevicesAreCovered(t *testing.T) {
 	w := gpusim.NewWorld()
@@ -140,5 +167,19 @@ func TestDevicesAreCovered(t *testing.T) {
 	}
 	if a := g.attest(g.attestBody(sampleEvidence(bound{nonce: g.nonce, key: g.jwk, additional: text}.digest()), text)); a.status != 200 {
 		t.Errorf("%d %s\n%s", a.status, a.body, r.log)
+	}
+}
+
+// TestDevicesStayAwayFromT: what the guest's client sends this KBS is what it would
+// send Trustee of that generation.
+func TestDevicesStayAwayFromT(t *testing.T) {
+	r := newRig(t, Options{Dialect: DialectT})
+	client, err := kbsclient.New(kbsclient.Config{URL: r.url, RootCAs: must(os.ReadFile(filepath.Join(r.dir, caCertFile))), Now: r.clock.now})
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, err = client.Attest(t.Context(), gpus{devices: []*gpusim.Device{gpusim.NewWorld().NewDevice(gpu.Hopper)}})
+	if !errors.Is(err, kbsclient.ErrOldKBS) || strings.Contains(r.log.String(), "action=attest") {
+		t.Errorf("%v\n%s", err, r.log)
 	}
 }

@@ -48,6 +48,9 @@ func (s *Server) attest(c *call) reply {
 			s.metrics.add("attestation_errors_total")
 		}
 		c.refuse(refused, err)
+		if errors.Is(err, errUnavailable) { // a refusal would be final: guests end, agents stop their workload
+			return reply{status: http.StatusServiceUnavailable}
+		}
 		return fail("AttestationError", "Attestation error: RCAR handshake Attest failed")
 	}
 	s.metrics.addTEE("attestation_successes_total", c.facts.tee)

@@ -7,6 +7,7 @@ import (
 	"io"
 	"log/slog"
 	"net/http"
+	"slices"
 	"strings"
 	"time"
 )
@@ -65,16 +66,17 @@ func fail(typ, detail string) reply {
 // serve answers one request.
 func (s *Server) serve(w http.ResponseWriter, r *http.Request) {
 	start := time.Now()
-	defer s.inFlight.Add(-1)
 	c := &call{Request: r}
 	out := reply{status: http.StatusServiceUnavailable}
 	switch {
-	case s.inFlight.Add(1) > maxInFlight:
+	case !s.inFlight.take(r.RemoteAddr):
 		s.metrics.add("http_requests_refused_total")
 	case !s.limiter.allow(r.RemoteAddr):
+		s.inFlight.give(r.RemoteAddr)
 		s.metrics.add("http_requests_refused_total")
 		out.status = http.StatusTooManyRequests
 	default:
+		defer s.inFlight.give(r.RemoteAddr)
 		out = s.route(w, c)
 	}
 	took := time.Since(start)
@@ -151,7 +153,7 @@ func (s *Server) route(w http.ResponseWriter, c *call) reply {
 	if !ok || first == "" {
 		return reply{status: http.StatusNotFound}
 	}
-	if !strings.Contains(s.methods()+",", c.Method+",") {
+	if !slices.Contains(strings.Split(s.methods(), ", "), c.Method) {
 		return reply{status: http.StatusMethodNotAllowed, header: map[string]string{"Allow": s.methods()}}
 	}
 	c.rest = rest[len(first):]

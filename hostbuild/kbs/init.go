@@ -17,6 +17,8 @@ import (
 	"path/filepath"
 	"time"
 
+	"golang.org/x/sys/unix"
+
 	"coffer/hostbuild/policy"
 )
 
@@ -86,8 +88,8 @@ func install(dir string, files map[string][]byte) error {
 			return err
 		}
 	}
-	if err := os.Remove(dir); err != nil && !errors.Is(err, fs.ErrNotExist) {
-		return fmt.Errorf("it is there already and not empty: %w", err)
+	if err := unix.Rmdir(dir); err != nil && !errors.Is(err, fs.ErrNotExist) { // os.Remove would take a file, too
+		return fmt.Errorf("it is there already, and is not an empty folder: %w", err)
 	}
 	return os.Rename(tmp, dir)
 }

@@ -16,7 +16,8 @@
 //   - An admin token must have exp, and clocks may differ by a minute only.
 //   - Bearer tokens count only with this server's own signature.
 //   - Without a resource policy everything is denied.
-//   - A policy that old Trustee would read as "allow all" is refused.
+//   - A policy that old Trustee would read as "allow all" is refused (DialectT),
+//     or named in the log (DialectH, which reads it as it is meant).
 //   - `sample` evidence and simulated chips need Options.AllowSimulated, and
 //     every token about them says `simulated`.
 //   - Reports signed by a VLEK, or that mask the chip's id, are refused: nothing
@@ -36,12 +37,12 @@ import (
 	"crypto/tls"
 	"errors"
 	"fmt"
+	"io/fs"
 	"log/slog"
 	"net"
 	"net/http"
 	"os"
 	"path/filepath"
-	"sync/atomic"
 	"time"
 
 	"coffer/internal/snp"
@@ -128,12 +129,12 @@ type Server struct {
 	devices          Devices
 	metrics          *metrics
 	limiter          limiter
-	inFlight         atomic.Int32
+	inFlight         *share
 }
 
 // New opens the folder that Init made.
 func New(o Options) (*Server, error) {
-	s := &Server{dialect: o.Dialect, simulated: o.AllowSimulated, log: o.Logger, now: o.Now, metrics: newMetrics(), devices: o.Devices, simulatedDevices: o.SimulatedDevices}
+	s := &Server{dialect: o.Dialect, simulated: o.AllowSimulated, log: o.Logger, now: o.Now, metrics: newMetrics(), inFlight: newShare(maxInFlight), devices: o.Devices, simulatedDevices: o.SimulatedDevices}
 	if s.dialect == "" {
 		s.dialect = DialectH
 	}
@@ -174,13 +175,16 @@ func New(o Options) (*Server, error) {
 }
 
 func (s *Server) open(o Options) error {
-	for _, name := range []string{serverKeyFile, tokenKeyFile} {
+	for _, name := range []string{serverKeyFile, tokenKeyFile, repositoryDir} {
 		fi, err := os.Stat(filepath.Join(o.Dir, name))
+		if name == repositoryDir && errors.Is(err, fs.ErrNotExist) {
+			continue // a backup may leave out empty folders
+		}
 		if err != nil {
 			return err
 		}
 		if fi.Mode().Perm()&0o077 != 0 {
-			return fmt.Errorf("%s can be read by others (mode %v): chmod 600", name, fi.Mode().Perm())
+			return fmt.Errorf("%s can be read by others (mode %v): chmod go= it", name, fi.Mode().Perm())
 		}
 	}
 	var err error
@@ -196,7 +200,7 @@ func (s *Server) open(o Options) error {
 	if s.store, err = openStore(o.Dir); err != nil {
 		return err
 	}
-	s.verify, err = reportVerifier(o, s.dialect, s.store, s.now)
+	s.verify, err = reportVerifier(o, s.dialect, s.store, s.now, s.log)
 	return err
 }
 
@@ -224,7 +228,7 @@ func (s *Server) Serve(ctx context.Context, ln net.Listener) error {
 		}
 		stopped <- err
 	})
-	err := srv.ServeTLS(&limited{Listener: ln, slots: make(chan struct{}, maxConnections)}, "", "")
+	err := srv.ServeTLS(&limited{Listener: ln, share: newShare(maxConnections)}, "", "")
 	if stop() {
 		return fmt.Errorf("kbs: serve %s: %w", ln.Addr(), err)
 	}

@@ -43,8 +43,18 @@ func TestInitAndNew(t *testing.T) {
 		t.Fatal(err)
 	}
 	key, _ := os.ReadFile(filepath.Join(dir, adminKeyFile))
-	if err := Init(dir, Options{Hosts: []string{"x"}}); err == nil || !strings.Contains(err.Error(), "not empty") {
+	if err := Init(dir, Options{Hosts: []string{"x"}}); err == nil || !strings.Contains(err.Error(), "not an empty folder") {
 		t.Errorf("second Init: %v", err)
+	}
+	file := filepath.Join(t.TempDir(), "notes.txt")
+	if err := os.WriteFile(file, []byte("mine"), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := Init(file, Options{Hosts: []string{"x"}}); err == nil || !strings.Contains(err.Error(), "not an empty folder") {
+		t.Errorf("Init in the place of a file: %v", err)
+	}
+	if b, _ := os.ReadFile(file); string(b) != "mine" {
+		t.Error("Init has removed a file")
 	}
 	if again, _ := os.ReadFile(filepath.Join(dir, adminKeyFile)); !bytes.Equal(key, again) {
 		t.Error("a second Init changed the keys")
@@ -69,11 +79,19 @@ func TestInitAndNew(t *testing.T) {
 	if _, err := New(Options{Dir: dir, Dialect: "X"}); err == nil {
 		t.Error("dialect X is accepted")
 	}
-	if err := os.Chmod(filepath.Join(dir, tokenKeyFile), 0o640); err != nil {
-		t.Fatal(err)
+	for name, modes := range map[string][2]os.FileMode{tokenKeyFile: {0o640, 0o600}, serverKeyFile: {0o604, 0o600}, repositoryDir: {0o755, 0o700}} {
+		if err := os.Chmod(filepath.Join(dir, name), modes[0]); err != nil {
+			t.Fatal(err)
+		}
+		if _, err := New(Options{Dir: dir}); err == nil || !strings.Contains(err.Error(), name+" can be read by others") {
+			t.Errorf("%s readable by others: %v", name, err)
+		}
+		if err := os.Chmod(filepath.Join(dir, name), modes[1]); err != nil {
+			t.Fatal(err)
+		}
 	}
-	if _, err := New(Options{Dir: dir}); err == nil || !strings.Contains(err.Error(), "chmod 600") {
-		t.Errorf("token key readable by others: %v", err)
+	if _, err := New(Options{Dir: dir, Logger: slog.New(slog.DiscardHandler)}); err != nil {
+		t.Error(err)
 	}
 	if _, err := New(Options{Dir: t.TempDir()}); !errors.Is(err, os.ErrNotExist) {
 		t.Errorf("empty folder: %v", err)
@@ -211,14 +229,41 @@ func TestMetrics(t *testing.T) {
 }
 
 // TestTooManyAtATime: requests beyond what the server works at are answered
-// unread, and connections beyond what it holds are closed.
+// unread, and connections beyond what it holds are closed; an address has a share of
+// them.
 func TestTooManyAtATime(t *testing.T) {
 	r := newRig(t, Options{AllowSimulated: true})
-	r.server.inFlight.Add(maxInFlight)
+	each := func(f func(remote string), host string, n int) {
+		for range n {
+			f(host + ":1")
+		}
+	}
+	take := func(remote string) {
+		if !r.server.inFlight.take(remote) {
+			t.Fatalf("no room for %s", remote)
+		}
+	}
+	// One address gets its quarter: another's requests go on.
+	each(take, "192.0.2.1", maxInFlight/4)
+	if r.server.inFlight.take("192.0.2.1:2") {
+		t.Error("an address may have more than a quarter of the requests")
+	}
+	if a := r.do("GET", "/healthz", nil); a.status != 200 {
+		t.Errorf("beside a busy address: %d, want 200", a.status)
+	}
+	for i := range 3 {
+		each(take, fmt.Sprintf("[2001:db8:0:%d::1]", i), maxInFlight/4)
+	}
 	if a := r.do("GET", "/healthz", nil); a.status != 503 {
 		t.Errorf("one request too many: %d, want 503", a.status)
 	}
-	r.server.inFlight.Add(-maxInFlight)
+	each(r.server.inFlight.give, "192.0.2.1", maxInFlight/4)
+	for i := range 3 {
+		each(r.server.inFlight.give, fmt.Sprintf("[2001:db8:0:%d::2]", i), maxInFlight/4) // the same /64
+	}
+	if n := len(r.server.inFlight.by); n != 0 {
+		t.Errorf("%d addresses without requests are remembered", n)
+	}
 	if a := r.do("GET", "/metrics", nil); !strings.Contains(string(a.body), "http_requests_refused_total 1\n") {
 		t.Errorf("the refused request is not counted: %d", a.status)
 	}
@@ -228,7 +273,7 @@ func TestTooManyAtATime(t *testing.T) {
 		t.Fatal(err)
 	}
 	defer inner.Close()
-	l := &limited{Listener: inner, slots: make(chan struct{}, 1)}
+	l := &limited{Listener: inner, share: newShare(1)}
 	dial := func() net.Conn {
 		c, err := net.Dial("tcp", inner.Addr().String())
 		if err != nil {
@@ -256,8 +301,8 @@ func TestTooManyAtATime(t *testing.T) {
 	if c := <-accepted; c == nil {
 		t.Error("after one has ended, none is accepted")
 	}
-	if len(l.slots) != 1 {
-		t.Errorf("%d slots taken, want 1", len(l.slots))
+	if l.share.total != 1 {
+		t.Errorf("%d connections counted, want 1", l.share.total)
 	}
 }
 

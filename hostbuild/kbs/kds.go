@@ -34,8 +34,17 @@ type kds struct {
 	slots chan struct{}
 
 	mu     sync.Mutex
-	failed map[string]time.Time // until when
+	failed map[string]failure // by path
 }
+
+// failure is one that counts for a while.
+type failure struct {
+	until time.Time
+	err   error
+}
+
+// errUnavailable says that there is no verdict now: a guest may ask again.
+var errUnavailable = errors.New("no verdict is possible now")
 
 // newKDS is nil without an address.
 func newKDS(address string, now func() time.Time) (*kds, error) {
@@ -47,7 +56,7 @@ func newKDS(address string, now func() time.Time) (*kds, error) {
 		return nil, fmt.Errorf("KDS address %q: must be https://host or http://host", address)
 	}
 	// The certificate is verified by AMD's roots whatever way it came: http will do.
-	return &kds{base: strings.TrimRight(address, "/"), now: now, slots: make(chan struct{}, kdsAtOnce), failed: map[string]time.Time{},
+	return &kds{base: strings.TrimRight(address, "/"), now: now, slots: make(chan struct{}, kdsAtOnce), failed: map[string]failure{},
 		http: &http.Client{Timeout: kdsTime, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}}, nil
 }
 
@@ -78,14 +87,14 @@ func (k *kds) vcek(ctx context.Context, r *snp.Report) ([]byte, error) {
 	case k.slots <- struct{}{}:
 		defer func() { <-k.slots }()
 	default:
-		return nil, errors.New("KDS: too many certificates are being fetched; try again")
+		return nil, fmt.Errorf("KDS: %w: too many certificates are being fetched", errUnavailable)
 	}
-	if until, ok := k.failure(path); ok {
-		return nil, fmt.Errorf("KDS: %s failed a moment ago; not asked again before %s", path, until.UTC().Format(time.TimeOnly))
+	if f, ok := k.failure(path); ok {
+		return nil, fmt.Errorf("KDS: it failed a moment ago, and is not asked again before %s: %w", f.until.UTC().Format(time.TimeOnly), f.err)
 	}
 	der, err := k.get(ctx, path)
 	if err != nil {
-		k.remember(path)
+		k.remember(path, err)
 		return nil, fmt.Errorf("KDS: %w", err)
 	}
 	return der, nil
@@ -98,15 +107,19 @@ func (k *kds) get(ctx context.Context, path string) ([]byte, error) {
 	}
 	resp, err := k.http.Do(req)
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("%w: %w", errUnavailable, err)
 	}
 	defer resp.Body.Close()
-	if resp.StatusCode != http.StatusOK {
+	switch resp.StatusCode {
+	case http.StatusOK:
+	case http.StatusBadRequest, http.StatusNotFound: // no such chip
 		return nil, fmt.Errorf("%s: HTTP %d", path, resp.StatusCode)
+	default:
+		return nil, fmt.Errorf("%w: %s: HTTP %d", errUnavailable, path, resp.StatusCode)
 	}
 	der, err := io.ReadAll(io.LimitReader(resp.Body, kdsMaxBody+1))
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("%w: %w", errUnavailable, err)
 	}
 	if len(der) > kdsMaxBody {
 		return nil, fmt.Errorf("%s: the answer is larger than %d bytes", path, kdsMaxBody)
@@ -114,18 +127,18 @@ func (k *kds) get(ctx context.Context, path string) ([]byte, error) {
 	return der, nil
 }
 
-func (k *kds) failure(path string) (until time.Time, failed bool) {
+func (k *kds) failure(path string) (f failure, failed bool) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
-	until, failed = k.failed[path]
-	return until, failed && k.now().Before(until)
+	f, failed = k.failed[path]
+	return f, failed && k.now().Before(f.until)
 }
 
-func (k *kds) remember(path string) {
+func (k *kds) remember(path string, err error) {
 	k.mu.Lock()
 	defer k.mu.Unlock()
 	if len(k.failed) >= kdsFailed {
 		clear(k.failed)
 	}
-	k.failed[path] = k.now().Add(kdsAgain)
+	k.failed[path] = failure{k.now().Add(kdsAgain), err}
 }

@@ -3,9 +3,11 @@ package kbs
 import (
 	"bytes"
 	"encoding/hex"
+	"errors"
 	"fmt"
 	"net/http"
 	"net/http/httptest"
+	"os"
 	"path/filepath"
 	"strings"
 	"sync/atomic"
@@ -44,7 +46,8 @@ func TestKDS(t *testing.T) {
 				id = id[:8]
 			}
 			var asked atomic.Int32
-			var answer atomic.Pointer[[]byte] // nil: 429
+			var answer atomic.Pointer[[]byte] // nil: the status
+			var status atomic.Int32
 			mirror := httptest.NewServer(http.HandlerFunc(func(w http.ResponseWriter, q *http.Request) {
 				asked.Add(1)
 				if want := "/mirror/vcek/v1/" + product + "/" + hex.EncodeToString(id) + "?" + query; q.URL.RequestURI() != want {
@@ -54,7 +57,7 @@ func TestKDS(t *testing.T) {
 					w.Write(*b)
 					return
 				}
-				w.WriteHeader(http.StatusTooManyRequests)
+				w.WriteHeader(int(status.Load()))
 			}))
 			defer mirror.Close()
 			r := newRig(t, Options{AllowSimulated: true, SimulatedRoots: chip.RootsPEM(), MinTCB: map[string]snp.TCB{product: {}}, KDS: mirror.URL + "/mirror/"})
@@ -66,7 +69,12 @@ func TestKDS(t *testing.T) {
 					t.Errorf("%s: %d, asked %d times, %v; want %d, %d times, %q", what, a.status, asked.Load(), r.log.last(t)["reason"], status, asks, reason)
 				}
 			}
-			expect("mirror that refuses", 401, 1, "HTTP 429")
+			status.Store(http.StatusTooManyRequests)
+			expect("mirror that is busy", 503, 1, "HTTP 429")
+			expect("right after a failure", 503, 0, "failed a moment ago")
+			r.clock.add(kdsAgain)
+			status.Store(http.StatusNotFound)
+			expect("mirror that knows no such chip", 401, 1, "HTTP 404")
 			expect("right after a failure", 401, 0, "failed a moment ago")
 			r.clock.add(kdsAgain)
 			big := bytes.Repeat([]byte{1}, kdsMaxBody+1)
@@ -82,8 +90,22 @@ func TestKDS(t *testing.T) {
 			}
 			der := derOf(chip)
 			answer.Store(&der)
-			expect("good mirror", 200, 1, "")
+			old := filepath.Join(r.dir, vcekDir, hex.EncodeToString(id), "vcek.der")
+			if err := os.MkdirAll(filepath.Dir(old), 0o700); err != nil {
+				t.Fatal(err)
+			}
+			tcb := chip.TCB
+			tcb.Microcode--
+			if err := os.WriteFile(old, derOf(newChip(t, simsnp.Params{Product: product, TCB: &tcb})), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			expect("good mirror, and a VCEK of older firmware", 200, 1, "")
+			mirror.Close()
 			expect("kept certificate", 200, 0, "")
+			if err := os.RemoveAll(filepath.Dir(old)); err != nil {
+				t.Fatal(err)
+			}
+			expect("mirror that is away", 503, 0, "connection refused")
 		})
 	}
 	if _, err := newKDS("ftp://kds.example", time.Now); err == nil {
@@ -97,5 +119,19 @@ func TestKDS(t *testing.T) {
 	masked.ChipID = [64]byte{}
 	if _, err := kdsPath(masked); err == nil || !strings.Contains(err.Error(), "masks") {
 		t.Errorf("masked chip id: %v", err)
+	}
+
+	// More guests at once than fetches: the others may ask again.
+	k, err := newKDS("http://kds.example", time.Now)
+	if err != nil {
+		t.Fatal(err)
+	}
+	k.slots = make(chan struct{})
+	r, err := chip.Report(measurement, [64]byte{}, 0)
+	if err != nil {
+		t.Fatal(err)
+	}
+	if _, err := k.vcek(t.Context(), r); !errors.Is(err, errUnavailable) {
+		t.Errorf("no slot: %v", err)
 	}
 }

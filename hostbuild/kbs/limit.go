@@ -32,13 +32,7 @@ func (l *limiter) allow(remote string) bool {
 	if l.rate == 0 {
 		return true
 	}
-	host, _, err := net.SplitHostPort(remote)
-	if err != nil {
-		host = remote
-	}
-	if ip := net.ParseIP(host); ip != nil && ip.To4() == nil {
-		host = ip.Mask(net.CIDRMask(64, 128)).String() // one host can have all of a /64
-	}
+	host := hostOf(remote)
 	l.mu.Lock()
 	defer l.mu.Unlock()
 	now, full := l.now(), l.rate*burstSeconds
@@ -59,6 +53,18 @@ func (l *limiter) allow(remote string) bool {
 	return true
 }
 
+// hostOf is what of host:port counts as one address.
+func hostOf(remote string) string {
+	host, _, err := net.SplitHostPort(remote)
+	if err != nil {
+		return remote
+	}
+	if ip := net.ParseIP(host); ip != nil && ip.To4() == nil {
+		return ip.Mask(net.CIDRMask(64, 128)).String() // one host can have all of a /64
+	}
+	return host
+}
+
 // forget drops the addresses that have their full share again, or all.
 func (l *limiter) forget(now time.Time, full float64) {
 	for host, b := range l.buckets {
@@ -71,10 +77,45 @@ func (l *limiter) forget(now time.Time, full float64) {
 	}
 }
 
-// limited accepts no more connections at a time than it has slots.
+// share bounds how many there are at a time, of connections or of requests, in all
+// and of one address: a quarter, so that no address keeps out the others.
+type share struct {
+	max int
+
+	mu    sync.Mutex
+	total int
+	by    map[string]int // by address
+}
+
+func newShare(max int) *share { return &share{max: max, by: map[string]int{}} }
+
+// take takes one for the address remote, host:port, if there is one left.
+func (s *share) take(remote string) bool {
+	host := hostOf(remote)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.total >= s.max || s.by[host] >= max(s.max/4, 1) {
+		return false
+	}
+	s.total++
+	s.by[host]++
+	return true
+}
+
+func (s *share) give(remote string) {
+	host := hostOf(remote)
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	s.total--
+	if s.by[host]--; s.by[host] == 0 {
+		delete(s.by, host)
+	}
+}
+
+// limited closes the connections that are beyond a share.
 type limited struct {
 	net.Listener
-	slots chan struct{}
+	share *share
 }
 
 func (l *limited) Accept() (net.Conn, error) {
@@ -83,24 +124,22 @@ func (l *limited) Accept() (net.Conn, error) {
 		if err != nil {
 			return nil, err
 		}
-		select {
-		case l.slots <- struct{}{}:
-			return &limitedConn{Conn: c, slots: l.slots}, nil
-		default:
-			c.Close()
+		if l.share.take(c.RemoteAddr().String()) {
+			return &limitedConn{Conn: c, share: l.share}, nil
 		}
+		c.Close()
 	}
 }
 
 type limitedConn struct {
 	net.Conn
-	slots  chan struct{}
+	share  *share
 	closed atomic.Bool
 }
 
 func (c *limitedConn) Close() error {
 	if c.closed.CompareAndSwap(false, true) {
-		<-c.slots
+		c.share.give(c.RemoteAddr().String())
 	}
 	return c.Conn.Close()
 }

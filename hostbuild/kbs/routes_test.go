@@ -122,6 +122,7 @@ func TestRoutes(t *testing.T) {
 		{"GET /kbs/v0/resource/keys/root%2fone", "guest", "", "", noResource, ""},
 		{"GET /kbs/v0/resource/keys/root/%22", "guest", "", "", policyFailsT, noResource},
 		{"GET /kbs/v0/resource/keys/root/four/x", "guest", "", deny, policyDenies, ""}, // the policy first, then the path
+		{"ET /kbs/v0/resource/keys/root/one", "admin", "x", "", notAllowed, ""},
 		{"HEAD /kbs/v0/resource/keys/root/one", "guest", "", "", notAllowed, ""},
 		{"PUT /kbs/v0/resource/keys/root/one", "admin", "x", "", notAllowed, badToken},
 		{"PUT /kbs/v0/resource/keys/root/one", "", "x", "", notAllowed, noToken},

@@ -2,9 +2,11 @@ package kbs
 
 import (
 	"context"
+	"crypto/x509"
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"log/slog"
 	"path"
 	"slices"
 	"time"
@@ -14,7 +16,7 @@ import (
 )
 
 // reportVerifier trusts AMD's roots, and the simulated ones that o names.
-func reportVerifier(o Options, d Dialect, st *store, now func() time.Time) (verifyReport, error) {
+func reportVerifier(o Options, d Dialect, st *store, now func() time.Time, log *slog.Logger) (verifyReport, error) {
 	roots := verify.AMDRoots()
 	if len(o.SimulatedRoots) != 0 {
 		simulated, err := verify.LoadRoots(o.SimulatedRoots)
@@ -42,7 +44,7 @@ func reportVerifier(o Options, d Dialect, st *store, now func() time.Time) (veri
 		}
 		names := vcekNames(r)
 		der, err := st.vcek(names...)
-		fetched := errors.Is(err, errNoVCEK) && mirror != nil
+		fetched := mirror != nil && (errors.Is(err, errNoVCEK) || err == nil && ofOtherFirmware(der, r))
 		if fetched {
 			der, err = mirror.vcek(ctx, r)
 		}
@@ -51,10 +53,26 @@ func reportVerifier(o Options, d Dialect, st *store, now func() time.Time) (veri
 		}
 		res, err := verify.Verify(r, append(certs, snp.Cert{Type: snp.VCEK, Data: der}), options)
 		if err == nil && fetched { // now it is known to be AMD's
-			err = st.write(path.Join(vcekDir, names[0]), der)
+			if err := st.write(path.Join(vcekDir, names[0]), der); err != nil {
+				log.Warn("a VCEK was fetched and cannot be kept", "error", err)
+			}
 		}
 		return res, err
 	}, nil
+}
+
+// ofOtherFirmware tells whether a VCEK is the chip's, but of a time when it had
+// another TCB: a vcek.der stays when firmware is updated.
+func ofOtherFirmware(der []byte, r *snp.Report) bool {
+	vcek, err := x509.ParseCertificate(der)
+	if err != nil {
+		return false
+	}
+	t, err := verify.CertTCB(vcek)
+	if r.ReportedTCB.FMC == nil {
+		t.FMC = nil
+	}
+	return err == nil && !t.Equal(r.ReportedTCB)
 }
 
 // vcekNames are the files under vcek/ in which a chip's certificate may stand,

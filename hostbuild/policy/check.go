@@ -217,10 +217,10 @@ func checkRules(mod *ast.Module, first, last int) []Finding {
 		switch {
 		case strings.HasPrefix(name, "coffer_"):
 			out = append(out, Finding{Line: row, Level: Error, Message: "names that begin with coffer_ are hostbuild's: rename the rule " + name})
-		case name != "allow" || isFalse(r.Head.Value):
-		case r.Default:
+		case name != "allow":
+		case r.Default && !isFalse(r.Head.Value):
 			out = append(out, Finding{Line: row, Level: Error, Message: "`default allow` is not false: every resource is released to everyone"})
-		case !reachesPath(r, bound):
+		case ignoresPath(r, bound):
 			out = append(out, Finding{Line: row, Level: Warning, Message: "this allow rule ignores data[\"resource-path\"]: " +
 				"whoever satisfies it can read every CVM's key; bind it to a path"})
 		}
@@ -253,6 +253,19 @@ func pathRules(mod *ast.Module) map[string]bool {
 		}
 	}
 	return bound
+}
+
+// ignoresPath reports whether the rule, or an else of it, allows without a look at
+// the resource's path.
+func ignoresPath(r *ast.Rule, bound map[string]bool) bool {
+	for ; r != nil; r = r.Else {
+		branch := *r
+		branch.Else = nil
+		if !isFalse(r.Head.Value) && !reachesPath(&branch, bound) {
+			return true
+		}
+	}
+	return false
 }
 
 // reachesPath reports whether the rule names data["resource-path"] or a rule

@@ -351,6 +351,9 @@ func TestCheck(t *testing.T) {
 		{"syntax", p + "allow if {", []string{"4 error"}},
 		{"other package", "package other\nimport rego.v1\n", []string{"1 error package must be"}},
 		{"our names", p + "coffer_x := 1", []string{"4 error coffer_"}},
+		{"false, else true", p + "allow := false if { input.x } else := true", []string{"4 warning ignores"}},
+		{"bound, else not", p + `allow if { data["resource-path"] == ["a","b","c"] } else := true if { input.x }`, []string{"4 warning ignores"}},
+		{"bound, else bound", p + `allow if { data["resource-path"] == ["a","b","c"] } else if { data["resource-path"] == ["a","b","d"] }`, nil},
 		{"allow as a set", p + "allow contains x if { x := 1 }", []string{"4 warning ignores"}},
 		{"empty", "", []string{"0 error"}},
 	}
@@ -715,4 +718,61 @@ func FuzzFolderText(f *testing.F) {
 			t.Errorf("split %q into %q, %q, %q", text, before, got, after)
 		}
 	})
+}
+
+// The rule that docs/kbs.md has for a workload's resource asks what the CVM's own does.
+func TestDocumentedRule(t *testing.T) {
+	doc, err := os.ReadFile("../../docs/kbs.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	_, rest, _ := strings.Cut(string(doc), "```rego\n")
+	pasted, _, found := strings.Cut(rest, "```")
+	if !found {
+		t.Fatal("docs/kbs.md shows no rule")
+	}
+	const id, path = "cvm_0123456789ab", "site/keys/model"
+	text := func(simulated bool) []byte {
+		return append(Render(mustRules(t,
+			Rule{CVMID: id, Paths: []string{"keys/root/" + id}, Digests: [][48]byte{digest(1)}, Simulated: simulated,
+				MinTCB: map[string]TCB{"Genoa": {Bootloader: 10, TEE: 1, SNP: 23, Microcode: 84}}},
+			Rule{CVMID: "other", Paths: []string{"keys/root/other"}, Digests: [][48]byte{digest(2)}},
+		)), "\n"+pasted...)
+	}
+	if findings := Check(text(false)); len(findings) > 0 {
+		t.Errorf("findings: %v", findings)
+	}
+	for _, c := range []struct {
+		name      string
+		path      string
+		simulated bool // rule
+		digest    byte
+		edit      func(claims, evidence map[string]any)
+		want      bool
+	}{
+		{"the CVM", path, false, 1, nil, true},
+		{"the CVM, its product named", path, false, 1, func(_, e map[string]any) { e["product"] = "Genoa" }, true},
+		{"a product without minimum", path, false, 1, func(_, e map[string]any) { e["product"] = "Turin" }, false},
+		{"another path", "site/keys/other", false, 1, nil, false},
+		{"another CVM", path, false, 2, nil, false},
+		{"a debug guest", path, false, 1, func(c, _ map[string]any) { c["policy_debug_allowed"] = true }, false},
+		{"a guest that migrates", path, false, 1, func(c, _ map[string]any) { c["policy_migrate_ma"] = true }, false},
+		{"old bootloader", path, false, 1, func(c, _ map[string]any) { c["reported_tcb_bootloader"] = 9 }, false},
+		{"old TEE", path, false, 1, func(c, _ map[string]any) { c["reported_tcb_tee"] = 0 }, false},
+		{"old SNP", path, false, 1, func(c, _ map[string]any) { c["reported_tcb_snp"] = 22 }, false},
+		{"old microcode", path, false, 1, func(c, _ map[string]any) { c["reported_tcb_microcode"] = 83 }, false},
+		{"a simulated chip", path, false, 1, func(_, e map[string]any) { e["simulated"] = true }, false},
+		{"a simulated chip for a simulated CVM", path, true, 1, func(_, e map[string]any) { e["simulated"] = true }, true},
+	} {
+		for _, old := range []bool{true, false} {
+			claims := snpClaims(digest(c.digest), old)
+			evidence := map[string]any{"snp": claims}
+			if c.edit != nil {
+				c.edit(claims, evidence)
+			}
+			if got := allows(t, text(c.simulated), old, c.path, evidence); got != c.want {
+				t.Errorf("%s (old Trustee: %v): %v, want %v", c.name, old, got, c.want)
+			}
+		}
+	}
 }

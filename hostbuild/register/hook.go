@@ -29,7 +29,8 @@ type hook struct {
 }
 
 // findHook looks for the hook of the settings' policy folder. One that anybody
-// may write is refused: who can change it decides which keys are released.
+// may write, or put another in the place of, is refused: who can change it decides
+// which keys are released.
 func findHook(s *settings.Settings) (*hook, error) {
 	path := filepath.Join(s.PolicyDir, hookName)
 	fi, err := os.Stat(path)
@@ -40,8 +41,20 @@ func findHook(s *settings.Settings) (*hook, error) {
 		return nil, fmt.Errorf("policy_dir: %w", err)
 	case !fi.Mode().IsRegular() || fi.Mode().Perm()&0o111 == 0:
 		return nil, nil // kept for reference, not a hook
-	case fi.Mode().Perm()&0o002 != 0:
-		return nil, fmt.Errorf("%s can be written by everybody (mode %v), so it is not run: chmod o-w", path, fi.Mode().Perm())
+	}
+	dir, err := os.Stat(s.PolicyDir)
+	if err != nil {
+		return nil, fmt.Errorf("policy_dir: %w", err)
+	}
+	name := ""
+	switch {
+	case fi.Mode()&0o002 != 0:
+		name = path
+	case dir.Mode()&0o002 != 0 && dir.Mode()&fs.ModeSticky == 0:
+		name = s.PolicyDir
+	}
+	if name != "" {
+		return nil, fmt.Errorf("%s can be written by everybody, so %s is not run: chmod o-w", name, hookName)
 	}
 	return &hook{path: path, env: []string{
 		"KBS_URL=" + s.KBSURL, "KBS_CA=" + s.KBSCA, "KBS_ADMIN_KEY=" + s.AdminKey, "POLICY_FILE=" + filepath.Join(s.PolicyDir, "policy.rego"),

@@ -108,9 +108,36 @@ func (r *Registrar) CheckGPU(ctx context.Context) error {
 	return nil
 }
 
+// ErrForeign says that a manifest claims resources that are not its CVM's own.
+var ErrForeign = errors.New("the manifest claims what is not this CVM's own: it is not as hostbuild wrote it")
+
+// checkOwn fails unless the keys that the manifest names are those of its CVM, and
+// what else it names lies outside of the CVMs' repository.
+func checkOwn(m *bundle.Manifest) error {
+	own := map[string]string{"root": m.KBS.KeyPath, "canary": m.KBS.CanaryPath}
+	if m.KBS.VaultKeyPath != "" {
+		own["vault"] = m.KBS.VaultKeyPath
+	}
+	for kind, path := range own {
+		if want := "keys/" + kind + "/" + m.CVMID; path != want {
+			return fmt.Errorf("%q: %w: %s instead of %s", m.CVMID, ErrForeign, path, want)
+		}
+	}
+	for _, path := range m.KBS.GPUResources {
+		if strings.HasPrefix(path, "keys/") {
+			return fmt.Errorf("%q: %w: %s", m.CVMID, ErrForeign, path)
+		}
+	}
+	return nil
+}
+
 // RuleOf is the rule that a bundle needs: its resources, its launch digests
-// and the minimum TCBs of the settings, raised to the bundle's own.
+// and the minimum TCBs of the settings, raised to the bundle's own. The manifest is
+// believed what the launch digests are: it must be the builder's.
 func (r *Registrar) RuleOf(m *bundle.Manifest) (policy.Rule, error) {
+	if err := checkOwn(m); err != nil {
+		return policy.Rule{}, err
+	}
 	rule := policy.Rule{CVMID: m.CVMID, Paths: []string{m.KBS.KeyPath, m.KBS.CanaryPath}, TEE: m.TEE, Simulated: m.Platform == guestconfig.PlatformSimulated}
 	if m.KBS.VaultKeyPath != "" {
 		needGPU := append([]string{m.KBS.VaultKeyPath}, m.KBS.GPUResources...)

@@ -10,8 +10,10 @@ import (
 	"os"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"testing"
 
+	"coffer/hostbuild/bundle"
 	"coffer/hostbuild/kbs"
 	"coffer/hostbuild/policy"
 	"coffer/hostbuild/settings"
@@ -200,6 +202,33 @@ func TestMinTCBReachesRules(t *testing.T) {
 	}
 }
 
+// TestRuleOfOwnResources: a manifest that was changed cannot claim the key of
+// another CVM, one whose rule is gone included.
+func TestRuleOfOwnResources(t *testing.T) {
+	r := newSite(t, kbs.Options{}).open()
+	own := func() *bundle.Manifest {
+		return &bundle.Manifest{CVMID: "cvm_0123456789ab", TEE: "snp", LaunchDigests: []bundle.LaunchDigest{{Digest: strings.Repeat("ab", 48)}},
+			KBS: bundle.KBS{KeyPath: "keys/root/cvm_0123456789ab", CanaryPath: "keys/canary/cvm_0123456789ab",
+				VaultKeyPath: "keys/vault/cvm_0123456789ab", GPUResources: []string{"site/data/key"}}}
+	}
+	if rule, err := r.RuleOf(own()); err != nil || len(rule.Paths) != 4 {
+		t.Errorf("its own: %v, %v", rule.Paths, err)
+	}
+	for name, change := range map[string]func(m *bundle.Manifest){
+		"key":      func(m *bundle.Manifest) { m.KBS.KeyPath = "keys/root/cvm_ba9876543210" },
+		"canary":   func(m *bundle.Manifest) { m.KBS.CanaryPath = "keys/root/cvm_ba9876543210" },
+		"vault":    func(m *bundle.Manifest) { m.KBS.VaultKeyPath = "keys/root/cvm_ba9876543210" },
+		"resource": func(m *bundle.Manifest) { m.KBS.GPUResources = []string{"keys/root/cvm_ba9876543210"} },
+		"id":       func(m *bundle.Manifest) { m.CVMID = "cvm_ba9876543210" },
+	} {
+		m := own()
+		change(m)
+		if rule, err := r.RuleOf(m); !errors.Is(err, ErrForeign) {
+			t.Errorf("another CVM's, by %s: %v, %v", name, rule.Paths, err)
+		}
+	}
+}
+
 // upload is a set-policy.sh that puts the policy where the test's KBS has it.
 func (st *site) upload(before string) string {
 	return "#!/bin/sh\nset -eu\n" + before + "\ncp policy.rego " + filepath.Join(st.dir, "resource-policy.rego") + "\n"
@@ -235,6 +264,16 @@ func TestHook(t *testing.T) {
 	if _, err := Open(st.s); err == nil || !strings.Contains(err.Error(), "chmod o-w") {
 		t.Errorf("a hook that everybody may write: %v", err)
 	}
+	st.write("set-policy.sh", "#!/bin/sh\nexit 1\n", 0o755)
+	if err := os.Chmod(st.policy, 0o777); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := Open(st.s); err == nil || !strings.Contains(err.Error(), st.policy+" can be written by everybody") {
+		t.Errorf("a folder in which everybody may put a hook: %v", err)
+	}
+	if err := os.Chmod(st.policy, 0o755); err != nil {
+		t.Fatal(err)
+	}
 	st.write("set-policy.sh", "#!/bin/sh\nexit 1\n", 0o644) // no hook: hostbuild uploads
 	if err := st.open().AddRule(t.Context(), rule("two")); err != nil || !bytes.Equal(st.master(), st.held()) {
 		t.Errorf("a file that is not executable: %v", err)
@@ -243,10 +282,21 @@ func TestHook(t *testing.T) {
 
 func TestHookIsKilled(t *testing.T) {
 	st := newSite(t, kbs.Options{})
-	st.write("set-policy.sh", "#!/bin/sh\nexec sleep 600\n", 0o755)
+	up := filepath.Join(st.policy, "up")
+	if err := syscall.Mkfifo(up, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	st.write("set-policy.sh", "#!/bin/sh\necho it runs >up\nexec sleep 600\n", 0o755)
 	ctx, cancel := context.WithCancel(t.Context())
-	cancel()
-	if err := st.open().hook.run(ctx); !errors.Is(err, context.Canceled) {
-		t.Errorf("run: %v, want Canceled", err)
+	defer cancel()
+	go func() {
+		if b, err := os.ReadFile(up); err != nil || string(b) != "it runs\n" { // blocks until it writes
+			t.Errorf("the hook says %q, %v", b, err)
+		}
+		cancel()
+	}()
+	err := st.open().hook.run(ctx)
+	if !errors.Is(err, context.Canceled) || !strings.Contains(err.Error(), "signal: killed") {
+		t.Errorf("run: %v, want Canceled, by a signal", err)
 	}
 }

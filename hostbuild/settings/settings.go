@@ -113,7 +113,7 @@ func build(path string, doc *yamlcheck.Doc, m *yamlcheck.Map) (s *Settings, err 
 			m.Faultf("base_dir", "is missing, and no guest base is installed: folder of a guest base, made by `hostbuild base build`")
 		}
 	}
-	s.OVMF, s.IDKey = m.Path("ovmf"), m.Path("id_key")
+	s.OVMF, s.IDKey = file(m, "ovmf"), file(m, "id_key")
 	if s.OutputDir = file(m, "output_dir"); s.OutputDir == "" {
 		if s.OutputDir, err = yamlcheck.Expand("~/.local/share/coffer/bundles"); err != nil {
 			return nil, fmt.Errorf("settings: output_dir is missing, and no home folder to fall back on: %w", err)

@@ -44,6 +44,8 @@ func TestFaults(t *testing.T) {
 	for _, tc := range []struct{ name, from, to, want string }{
 		{"blank", "/srv/bundles", "/srv/my bundles", `7:13: output_dir: "/srv/my bundles" holds a blank`},
 		{"relative", "/srv/base", "build/base/snp", `6:11: base_dir: "build/base/snp" must begin with / or ~/`},
+		{"relative firmware", "base_dir: /srv/base", "ovmf: OVMF.fd", `6:7: ovmf: "OVMF.fd" must begin with / or ~/`},
+		{"relative key", "base_dir: /srv/base", "id_key: id.pem", `6:9: id_key: "id.pem" must begin with / or ~/`},
 		{"misspelt", "policy_dir", "policy_dri", "5:1: unknown key policy_dri: did you mean policy_dir?"},
 		{"no CA", "  ca: /srv/kbs/ca.pem\n", "", "2:3: kbs.ca is missing"},
 	} {

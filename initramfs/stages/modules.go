@@ -99,9 +99,6 @@ func (g *guest) wants(feature string) bool {
 // the command line and the phase modules do for other guests: nothing unsigned and
 // no module follows.
 func (g *guest) driver(ctx context.Context) error {
-	if !g.wants(guestconfig.FeatureGPU) {
-		return nil
-	}
 	text, err := g.ReadFile(newRoot+loadListPath, 64<<10)
 	if err != nil && !errors.Is(err, fs.ErrNotExist) { // made-up GPUs have none
 		return err

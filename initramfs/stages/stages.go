@@ -95,7 +95,7 @@ func (g *guest) phases() []boot.Phase {
 		{Name: "key", Deadline: 120 * s, Code: boot.CodeKBSProtocol, Run: g.fetchKey},
 		{Name: "luks", Deadline: 60 * s, Code: boot.CodeLUKSHeader, Run: g.luks},
 		{Name: "verity", Deadline: 30 * s, Code: boot.CodeVerity, Run: g.verity},
-		{Name: "driver", Deadline: 60 * s, Code: boot.CodeGPU, Run: g.driver},
+		{Name: "driver", Deadline: 60 * s, Code: boot.CodeGPU, Run: g.driver, If: func() bool { return g.wants(guestconfig.FeatureGPU) }},
 		{Name: lastPhase, Deadline: 30 * s, Code: boot.CodeRoot, Run: g.root},
 	}
 }
@@ -105,6 +105,7 @@ const lastPhase = "root"
 // Boot runs the phases and then the agent's watcher, in this process's place. Where it
 // returns, the boot has failed and Deps.PowerOff has been called.
 func Boot(ctx context.Context, log *boot.Log, d Deps) {
+	log.Keep() // for the agent's coffer.log
 	g := &guest{Deps: d, log: log}
 	phase := "init"
 	defer g.PowerOff()

@@ -113,7 +113,11 @@ while :; do sleep 0.05; done`)
 func TestOrphansAreReaped(t *testing.T) {
 	pids := filepath.Join(t.TempDir(), "pids")
 	cmd, out := watch(t, `for i in 1 2 3 4 5; do (sh -c 'echo $$ >> `+pids+`; exit 1' &) ; done
-sleep 1; while read p; do [ -e /proc/$p ] && exit 9; done < `+pids+`; exit 4`)
+for i in $(seq 200); do
+	left=0; while read p; do [ -e /proc/$p ] && left=1; done < `+pids+`
+	[ $left = 0 ] && [ $(wc -l < `+pids+`) = 5 ] && exit 4
+	sleep 0.1
+done; exit 9`)
 	if err := cmd.Wait(); err != nil {
 		t.Fatal(err)
 	}

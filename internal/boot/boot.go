@@ -19,6 +19,7 @@ import (
 	"strings"
 	"sync"
 	"time"
+	"unicode"
 )
 
 // Code is the stable name of a failure; docs/operations.md lists them.
@@ -99,15 +100,17 @@ type Phase struct {
 	Deadline time.Duration
 	Code     Code // given to an error that carries none
 	Run      func(context.Context) error
+	If       func() bool // whether there is anything to do, asked when its turn comes; nil: always
 }
 
-// Log writes the boot lines and keeps them. It is safe for concurrent use.
+// Log writes the boot lines. It is safe for concurrent use.
 type Log struct {
 	w         io.Writer
 	simulated bool
 	uptime    func() time.Duration
 
 	mu    sync.Mutex
+	keep  bool
 	lines []string
 }
 
@@ -116,13 +119,15 @@ func NewLog(w io.Writer, simulated bool, uptime func() time.Duration) *Log {
 	return &Log{w: w, simulated: simulated, uptime: uptime}
 }
 
-// maxLine keeps a line within what a console and the kernel's log carry.
-const maxLine = 900
+const (
+	maxLine  = 900  // bytes: within what a console and the kernel's log carry
+	maxLines = 1000 // that are kept
+)
 
 // Printf writes one line. Control characters become blanks.
 func (l *Log) Printf(format string, a ...any) {
 	s := strings.Map(func(r rune) rune {
-		if r < ' ' || r == 0x7f {
+		if unicode.IsControl(r) { // a terminal obeys U+009B as it does ESC [
 			return ' '
 		}
 		return r
@@ -135,13 +140,20 @@ func (l *Log) Printf(format string, a ...any) {
 	}
 	l.mu.Lock()
 	defer l.mu.Unlock()
-	if len(l.lines) < 1000 {
+	if l.keep && len(l.lines) < maxLines {
 		l.lines = append(l.lines, s)
 	}
 	fmt.Fprintln(l.w, s)
 }
 
-// Lines returns what was written so far.
+// Keep has every line kept from now on, for Lines.
+func (l *Log) Keep() {
+	l.mu.Lock()
+	defer l.mu.Unlock()
+	l.keep = true
+}
+
+// Lines returns what was written since Keep.
 func (l *Log) Lines() []string {
 	l.mu.Lock()
 	defer l.mu.Unlock()
@@ -173,6 +185,9 @@ func (e *PhaseError) Unwrap() error { return e.Err }
 // the one failure path of the program does.
 func Run(ctx context.Context, l *Log, phases []Phase) error {
 	for _, p := range phases {
+		if p.If != nil && !p.If() {
+			continue
+		}
 		l.Printf("phase=%s status=start t=%s", p.Name, l.seconds())
 		if err := runPhase(ctx, p); err != nil {
 			return &PhaseError{Phase: p.Name, Err: Fail(p.Code, err)}

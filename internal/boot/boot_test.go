@@ -23,7 +23,7 @@ func TestRunReportsEachPhase(t *testing.T) {
 	phase := func(name string) Phase {
 		return Phase{Name: name, Deadline: time.Minute, Run: func(context.Context) error { order = append(order, name); return nil }}
 	}
-	if err := Run(t.Context(), l, []Phase{phase("a"), phase("b")}); err != nil {
+	if err := Run(t.Context(), l, []Phase{phase("a"), {Name: "idle", If: func() bool { return len(order) != 1 }}, phase("b")}); err != nil {
 		t.Fatal(err)
 	}
 	want := "phase=a status=start t=1.50 platform=simulated\nphase=a status=ok t=1.50 platform=simulated\nphase=b status=start t=1.50 platform=simulated\nphase=b status=ok t=1.50 platform=simulated\n"
@@ -105,11 +105,13 @@ func TestFailedLine(t *testing.T) {
 
 func TestPrintfKeepsToOneLine(t *testing.T) {
 	l, out := testLog(false)
-	l.Printf("a\nb\x1b[2Jc\rd")
-	if out.String() != "a b [2Jc d\n" {
+	l.Printf("not kept")
+	l.Keep()
+	l.Printf("a\nb\x1b[2Jc\rd\u009b2Je")
+	if out.String() != "not kept\na b [2Jc d 2Je\n" {
 		t.Errorf("%q", out.String())
 	}
-	if got := l.Lines(); len(got) != 1 || got[0] != "a b [2Jc d" {
+	if got := l.Lines(); len(got) != 1 || got[0] != "a b [2Jc d 2Je" {
 		t.Errorf("%q", got)
 	}
 }

@@ -50,6 +50,7 @@ func (s *source) DeriveKey(ctx context.Context, q KeyRequest) ([]byte, error) {
 		}
 		return a.key, nil
 	case <-ctx.Done():
+		go func() { clear((<-done).key) }() // nobody else wipes it
 		return nil, fmt.Errorf("derived key of VMPL %d: no answer: %w", q.VMPL, ctx.Err())
 	}
 }

@@ -6,6 +6,7 @@ import (
 	"net/netip"
 	"os"
 	"runtime"
+	"slices"
 	"strings"
 	"syscall"
 	"testing"
@@ -311,6 +312,15 @@ func TestReadBack(t *testing.T) {
 		if len(tables) != 1 || tables[0].Name != Table || tables[0].Family != nftables.TableFamilyINet {
 			t.Errorf("tables: %+v", tables)
 			return
+		}
+		chains, err := c.ListChains()
+		check(t, err)
+		var names []string
+		for _, chain := range chains {
+			names = append(names, chain.Name)
+		}
+		if slices.Sort(names); !slices.Equal(names, []string{"forward", "input", "output"}) {
+			t.Errorf("chains: %q", names)
 		}
 		for _, h := range hooks(r) {
 			chain, err := c.ListChain(tables[0], h.name)

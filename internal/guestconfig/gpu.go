@@ -56,6 +56,13 @@ type GPU struct {
 	RIMRoot    string `json:"rim_root,omitempty"`
 }
 
+// ValidService reports whether text is the address of a service: https://host, with
+// a port or a path where need be.
+func ValidService(text string) bool {
+	u, err := url.Parse(text)
+	return err == nil && u.Scheme == "https" && u.Hostname() != "" && u.User == nil && u.RawQuery == "" && u.Fragment == ""
+}
+
 // MaxGPUs of a guest.
 const MaxGPUs = 16
 
@@ -76,8 +83,7 @@ func (g *GPU) faults(platform string) (faults []string) {
 		fault(err == nil && len(b) == 32 && sum == strings.ToLower(sum), "rims: %q is not 64 hex characters", sum)
 	}
 	for name, text := range map[string]string{"rim_service": g.RIMService, "nras_url": g.NRASURL} {
-		u, err := url.Parse(text)
-		fault(text == "" || err == nil && u.Scheme == "https" && u.Host != "" && u.User == nil && u.RawQuery == "", "%s %q is not https://host", name, text)
+		fault(text == "" || ValidService(text), "%s %q is not https://host", name, text)
 	}
 	fault(slices.Contains([]string{"require", "allow_cached", "off"}, g.OCSP), "ocsp %q is not require, allow_cached or off", g.OCSP)
 	fault((g.OCSP == "allow_cached") == (g.OCSPMaxAge > 0), "ocsp_max_age %d: more than 0 with allow_cached, else 0", g.OCSPMaxAge)

@@ -41,7 +41,7 @@ const (
 	// NVIDIAPath is the EROFS, in the verity root of a guest with a driver, that
 	// becomes its /usr.
 	NVIDIAPath = "/nvidia.erofs"
-	// AgentPath is the program that init hands over to, in the verity root.
+	// AgentPath is the program that init starts and watches, in the verity root.
 	AgentPath = "/bin/agent"
 	// HandoverPath is where init leaves a Handover for the agent.
 	HandoverPath = "/run/coffer/handover.json"
@@ -507,6 +507,7 @@ func (c *Config) Validate() error {
 	for _, r := range c.API.Resources {
 		check(resource.MatchString(r), "api.resources: %q is not repository/type/tag", r)
 		check(path.Dir(r) != path.Dir(c.KBS.KeyPath) && r != c.KBS.CanaryPath, "api.resources: %q: the workload gets no disk's key and no canary", r)
+		check(c.GPU == nil || c.GPU.VaultKeyPath == "" || path.Dir(r) != path.Dir(c.GPU.VaultKeyPath), "api.resources: %q: the workload gets no key of /vault", r)
 	}
 	for _, t := range c.ACPITables {
 		check(ValidACPITable(t), "acpi_tables: %q is not a table's signature", t)

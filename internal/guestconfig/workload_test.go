@@ -30,6 +30,10 @@ func TestValidateWorkload(t *testing.T) {
 		"api.resources: \"a/b\"":         func(c *Config) { c.API.Resources = []string{"a/b"} },
 		"gets no disk's key":             func(c *Config) { c.API.Resources = []string{"keys/root/cvm_other"} },
 		"disk's key and no canary":       func(c *Config) { c.API.Resources = []string{c.KBS.CanaryPath} },
+		"no key of /vault": func(c *Config) {
+			c.GPU = &GPU{Mode: GPUTrustee, OCSP: "require", VaultKeyPath: "keys/vault/cvm_0123456789ab"}
+			c.API.Resources = []string{"keys/vault/cvm_0123456789ab"}
+		},
 		"api.kds \"http://kds.example\"": func(c *Config) { c.API.KDS = "http://kds.example" },
 	} {
 		c := valid()

@@ -4,6 +4,7 @@ import (
 	"bytes"
 	"context"
 	"errors"
+	"io/fs"
 	"net"
 	"net/netip"
 	"os"
@@ -285,6 +286,10 @@ func TestStatic(t *testing.T) {
 		lo, err := netlink.LinkByName("lo")
 		if err != nil || lo.Attrs().Flags&net.FlagUp == 0 {
 			t.Errorf("loopback is not up: %v", err)
+		}
+		const mtu = "/proc/sys/net/ipv6/conf/g0/accept_ra_mtu"
+		if b, err := os.ReadFile(mtu); !errors.Is(err, fs.ErrNotExist) && (err != nil || string(b) != "0\n") { // no such file without IPv6
+			t.Errorf("router advertisements may set the MTU: %q, %v", b, err)
 		}
 	})
 }

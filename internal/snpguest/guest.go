@@ -148,7 +148,7 @@ func key(r *run, a *args) error {
 	if len(derived) != 32 {
 		return fmt.Errorf("Failed to request derived key: it has %d bytes, not 32", len(derived))
 	}
-	return os.WriteFile(a.positional[0], derived, 0o666)
+	return os.WriteFile(a.positional[0], derived, 0o600)
 }
 
 // Bits of the SEV_STATUS register, as snpguest names them.

@@ -65,12 +65,11 @@ func (r *run) printf(format string, a ...any) {
 }
 
 func commands() map[string]command {
-	encoding := []option{}
 	product := []option{{long: "processor-model", short: 'p'}}
 	ca := []option{{long: "report", short: 'r'}, {long: "endorser", short: 'e'}}
 	return map[string]command{
 		"report":       {[]option{{long: "random", short: 'r', flag: true}, {long: "vmpl", short: 'v'}, {long: "platform", short: 'p', flag: true}}, report},
-		"certificates": {encoding, certificates},
+		"certificates": {nil, certificates},
 		"fetch ca":     {ca, fetchCA},
 		"fetch vcek":   {product, fetchVCEK},
 		"fetch crl":    {ca, fetchCRL},

@@ -8,6 +8,8 @@ import (
 	"encoding/pem"
 	"fmt"
 	"math/rand/v2"
+	"net"
+	"net/http"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -522,6 +524,35 @@ func TestFetchCA(t *testing.T) {
 
 // virtee's program signs with random numbers, so signatures are verified in
 // place of compared.
+// A derived key is nobody's but the caller's.
+func TestKeyFile(t *testing.T) {
+	dir := t.TempDir()
+	l, err := net.Listen("unix", filepath.Join(dir, "coffer.sock"))
+	if err != nil {
+		t.Fatal(err)
+	}
+	derived := bytes.Repeat([]byte{7}, 32)
+	agent := http.Server{Handler: http.HandlerFunc(func(w http.ResponseWriter, r *http.Request) {
+		if r.URL.Path != "/v1/snp/key" {
+			t.Errorf("asked for %s", r.URL.Path)
+		}
+		w.Write(derived)
+	})}
+	go agent.Serve(l)
+	defer agent.Close()
+	path := filepath.Join(dir, "key")
+	if code, _, stderr := run(t, snpguest.Env{Socket: l.Addr().String()}, "key", path, "vcek"); code != 0 {
+		t.Fatal(stderr)
+	}
+	b, err := os.ReadFile(path)
+	if err != nil || !bytes.Equal(b, derived) {
+		t.Errorf("the file holds %x, %v", b, err)
+	}
+	if fi, err := os.Stat(path); err != nil || fi.Mode() != 0o600 {
+		t.Errorf("mode %v, %v: want 0600", fi.Mode(), err)
+	}
+}
+
 func TestIDBlock(t *testing.T) {
 	here, _ := filepath.Abs("testdata")
 	t.Chdir(t.TempDir())

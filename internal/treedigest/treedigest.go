@@ -338,7 +338,7 @@ func (c *copier) link(e Entry) error {
 }
 
 func (c *copier) file(e Entry) error {
-	in, err := c.from.OpenFile(e.Path, os.O_RDONLY|syscall.O_NOFOLLOW|syscall.O_NONBLOCK, 0)
+	in, err := c.from.OpenFile(e.Path, os.O_RDONLY|syscall.O_NONBLOCK, 0)
 	if err != nil {
 		return differs(e.Path, "cannot be read: %v", err)
 	}

@@ -108,7 +108,7 @@ func run(ctx context.Context, bin, base string, runs int, only string) error {
 			return err
 		}
 	}
-	if b.bundle, err = b.small(ctx, 1); err != nil {
+	if b.bundle, err = b.small(ctx, 60); err != nil {
 		return err
 	}
 	if err := b.sizes(ctx); err != nil || only == "build" {
@@ -117,7 +117,7 @@ func run(ctx context.Context, bin, base string, runs int, only string) error {
 	if err := b.boot(ctx); err != nil {
 		return err
 	}
-	return b.idle(ctx)
+	return b.memory(ctx)
 }
 
 type bench struct {
@@ -127,7 +127,7 @@ type bench struct {
 	archive  string
 	runs     int
 
-	bundle  *harness.Bundle // with a round a second
+	bundle  *harness.Bundle // with a round a minute
 	idleRSS float64         // KiB
 }
 
@@ -270,17 +270,17 @@ func (b *bench) sizes(context.Context) error {
 	return nil
 }
 
-// Rounds that a guest stays for once its workload runs: as many as of an hour and
-// more, a second apart; and a minute apart, for what it takes when nothing happens.
+// Rounds that a guest stays for once its workload runs: a minute apart, for what
+// it takes when nothing happens; and a second apart, as many as of an hour.
 const (
+	idleRounds = 2
 	fewRounds  = 3
 	manyRounds = 60
-	idleRounds = 2
 )
 
 // boot compares the workload's first line with an init that does nothing, both in
-// the guest's own time since the kernel's start. The last guest stays for
-// manyRounds, so that its memory is told before and after.
+// the guest's own time since the kernel's start. The last guest stays for what
+// idle tells.
 func (b *bench) boot(ctx context.Context) error {
 	idle, err := b.idleInitrd()
 	if err != nil {
@@ -302,9 +302,9 @@ func (b *bench) boot(ctx context.Context) error {
 		floors = append(floors, t)
 		b.idleRSS = rss
 
-		rounds := fewRounds
+		rounds := 0
 		if i == b.runs-1 {
-			rounds = manyRounds
+			rounds = idleRounds
 		}
 		first, err := b.guest(ctx, b.bundle, rounds)
 		if err != nil {
@@ -313,7 +313,7 @@ func (b *bench) boot(ctx context.Context) error {
 		boots = append(boots, first)
 	}
 	figure("boot_to_workload", median(boots), "s", median(floors))
-	return b.memory(ctx)
+	return b.idle(ctx)
 }
 
 // guest boots a bundle, leaves its workload running for so many rounds and stops it
@@ -381,7 +381,14 @@ func sum(m map[string]float64) (s float64) {
 // memory compares what the first rounds of the running workload found with the idle
 // init, a static Go program that does nothing, and the last round's with those.
 func (b *bench) memory(ctx context.Context) error {
-	r, err := b.rounds(ctx, b.bundle, manyRounds)
+	bundle, err := b.small(ctx, 1)
+	if err != nil {
+		return err
+	}
+	if _, err := b.guest(ctx, bundle, manyRounds); err != nil {
+		return err
+	}
+	r, err := b.rounds(ctx, bundle, manyRounds)
 	if err != nil {
 		return err
 	}
@@ -394,19 +401,12 @@ func (b *bench) memory(ctx context.Context) error {
 	return nil
 }
 
-// idle is the processor time of agent, containerd and shim in a round and in the
-// minute before it, the latter in percent of one vCPU. It is that of an emulated
+// idle is the processor time of agent, containerd and shim in the last guest's last
+// round and in the minute before it, the latter in percent of one vCPU. It is that of an emulated
 // processor on a machine that may have other work: an upper bound. The floors are
 // the goals.
 func (b *bench) idle(ctx context.Context) error {
-	bundle, err := b.small(ctx, 60)
-	if err != nil {
-		return err
-	}
-	if _, err := b.guest(ctx, bundle, idleRounds); err != nil {
-		return err
-	}
-	r, err := b.rounds(ctx, bundle, 2)
+	r, err := b.rounds(ctx, b.bundle, idleRounds)
 	if err != nil {
 		return err
 	}

@@ -3,6 +3,7 @@ package scenarios
 import (
 	"context"
 	"crypto/rand"
+	"encoding/json"
 	"encoding/pem"
 	"fmt"
 	"net"
@@ -14,6 +15,7 @@ import (
 	"testing"
 	"time"
 
+	"coffer/agent/gpus"
 	"coffer/internal/gpu"
 	"coffer/internal/gpu/ocsp"
 	"coffer/internal/testenv"
@@ -229,6 +231,7 @@ func (l *gpuLine) turnsBad(t *testing.T, b *harness.Bundle, n int, reason string
 	g.expect(`attestation round=\d+ verdict=negative.*` + reason + `.*code=E_GPU`)
 	g.expect(`workload exited code=137 signal=9`)
 	g.off()
+	l.recorded(t, b, n)
 	passes := 0 // a round that was under way may still pass
 	for _, line := range g.Console.All()[changed:] {
 		if strings.Contains(line, "verdict=pass") {
@@ -243,6 +246,38 @@ func (l *gpuLine) turnsBad(t *testing.T, b *harness.Bundle, n int, reason string
 			t.Errorf("ready is %d, taken back: %t", d.Ready, d.Failed)
 		}
 	})
+}
+
+// recorded expects the last round of attestation.jsonl to be negative, and a line
+// before it with n GPUs that had all passed.
+func (l *gpuLine) recorded(t *testing.T, b *harness.Bundle, n int) {
+	t.Helper()
+	out, err := l.env.Run(t.Context(), "hostbuild", "drive", "cat", b.File("applog.qcow2"), "/attestation.jsonl")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var code gpu.Code
+	good := false
+	for line := range strings.Lines(out) {
+		var r struct {
+			Verdict string
+			GPU     gpus.Found
+		}
+		if err := json.Unmarshal([]byte(line), &r); err != nil {
+			t.Fatalf("%v: %s", err, line)
+		}
+		passed := 0
+		for i, d := range r.GPU.Devices {
+			if d.Verdict == "pass" && d.Driver == l.kind.Driver && d.VBIOS == l.kind.VBIOS && d.Serial == l.all[i].Chain[0].Cert.SerialNumber.String() {
+				passed++
+			}
+		}
+		good = good || r.Verdict == "pass" && passed == n
+		code = r.GPU.Code
+	}
+	if !good || code == "" {
+		t.Errorf("attestation.jsonl: %d GPUs passed in a round: %t; code of the last %q:\n%s", n, good, code, out)
+	}
 }
 
 // refusedVault has a GPU of another maker: the KBS gives the root's key, and for
@@ -275,7 +310,9 @@ func (l *gpuLine) refusedVault(t *testing.T, b *harness.Bundle) {
 
 func (l *gpuLine) vault(t *testing.T, b *harness.Bundle) {
 	g, driver := l.bootGPUs(t, b, 1)
-	g.expect(`certificate of this chip from="host"`) // the bundle's, in the host's place
+	g.expect(`coffer: allowed ports in=none out=none`)
+	g.expect(`coffer: the guest's own ports out=kbs:\S+,dns:[0-9.]+:53/udp\+tcp,dhcp:67/udp(?: |$)`) // and nobody else
+	g.expect(`certificate of this chip from="host"`)                                                 // the bundle's, in the host's place
 	g.expect(`gpu: 1 attested`)
 	g.expect(`gpu: /vault is open`)
 	g.expect(`gpu: ready`)

@@ -353,6 +353,26 @@ func TestGuestKilledPrograms(t *testing.T) {
 	g.failed("run", "E_INTERNAL", "/bin/agent ended: signal 9, killed")
 }
 
+// A host that stops the console, for which a Ctrl-S is enough, keeps no workload
+// running whose agent is dead: neither the line about it nor the flush is waited for.
+func TestGuestConsoleStopped(t *testing.T) {
+	l := setupKBS(t)
+	l.baseWithSaboteur(t)
+	keyboard := filepath.Join(t.TempDir(), "keyboard")
+	if err := syscall.Mkfifo(keyboard, 0o600); err != nil {
+		t.Fatal(err)
+	}
+	hostileQEMU(t, "", "<>"+keyboard) // a redirection of the shell's
+	g := bootLong(t, l.probeBundle(t, "", "tick", "4", "flood", "6", "agent"))
+	g.expect(`workload: probe: tick ok 1 `)
+	const controlS = "\x13"
+	write(t, keyboard, []byte(controlS))
+	g.off()
+	if text := g.Console.Text(); strings.Count(text, "probe: flood") == 64 || strings.Contains(text, "coffer: FAILED") {
+		t.Errorf("the console was not stopped:\n%s", text)
+	}
+}
+
 // baseWithSaboteur has bundles built with an agent that kills what the workload
 // names, itself included.
 func (l *line) baseWithSaboteur(t *testing.T) {
@@ -534,8 +554,49 @@ func TestGuestKBSOutage(t *testing.T) {
 	g.expect(`workload exited code=137 signal=9`)
 }
 
+// A KBS that refuses connections for longer than max_staleness ends the guest: that
+// is what failure_action says, and why.
+func TestGuestKBSGone(t *testing.T) {
+	l := setupKBS(t)
+	b := l.probeBundle(t, "cc_attestation:\n  check_frequency: 2\n  max_staleness: 20\n  failure_action: shutdown\n", "tick")
+	g := bootLong(t, b)
+	g.expect(`workload: probe: tick ok 1 `)
+	l.kbs.Stop()
+	g.expect(`attestation round=\d+ verdict=unknown .*connection refused.* code=E_KBS_UNREACHABLE`)
+	g.expect(`attestation action=stop_job reason="no pass within 20s; round \d+ was unknown: .*connection refused`)
+	g.expect(`workload exited code=137 signal=9`)
+	g.off()
+	g.failed("run", "E_ATTESTATION", "no pass within 20s; round ")
+}
+
+// A VM that its host has let stand still attests at once: its time has jumped. The
+// next round would come in an hour.
+func TestGuestPaused(t *testing.T) {
+	l := setupKBS(t)
+	g := bootLong(t, l.probeBundle(t, "cc_attestation:\n  check_frequency: 3600\n  max_staleness: 7200\n", "tick"))
+	g.expect(`workload: probe: tick ok 1 `)
+	pid := hostProcess(t, g.b, "/qemu-system-x86_64")
+	if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
+		t.Fatal(err)
+	}
+	time.Sleep(15 * time.Second) // what the guest must notice
+	if err := syscall.Kill(pid, syscall.SIGCONT); err != nil {
+		t.Fatal(err)
+	}
+	g.expect(`attestation round=2 verdict=pass`)
+	g.expect(`workload: probe: tick ok \d+ `)
+}
+
 // killSimplatform ends the simulated platform of a bundle that runs.
 func killSimplatform(t *testing.T, b *harness.Bundle) {
+	t.Helper()
+	if err := syscall.Kill(hostProcess(t, b, "/simplatform"), syscall.SIGKILL); err != nil {
+		t.Fatal(err)
+	}
+}
+
+// hostProcess is the program that runs in a bundle's folder.
+func hostProcess(t *testing.T, b *harness.Bundle, program string) (pid int) {
 	t.Helper()
 	procs, err := filepath.Glob("/proc/[0-9]*/cwd")
 	if err != nil {
@@ -547,17 +608,15 @@ func killSimplatform(t *testing.T, b *harness.Bundle) {
 			continue
 		}
 		cmdline, err := os.ReadFile(filepath.Join(filepath.Dir(cwd), "cmdline"))
-		if err != nil || !strings.HasSuffix(strings.Split(string(cmdline), "\x00")[0], "/simplatform") {
+		if err != nil || !strings.HasSuffix(strings.Split(string(cmdline), "\x00")[0], program) {
 			continue
 		}
 		pid, err := strconv.Atoi(filepath.Base(filepath.Dir(cwd)))
 		if err != nil {
 			t.Fatal(err)
 		}
-		if err := syscall.Kill(pid, syscall.SIGKILL); err != nil {
-			t.Fatal(err)
-		}
-		return
+		return pid
 	}
-	t.Fatal("no simulated platform runs in the bundle's folder")
+	t.Fatalf("no %s runs in the bundle's folder", program)
+	return 0
 }

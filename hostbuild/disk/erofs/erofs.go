@@ -367,9 +367,22 @@ var xattrSpaces = []struct {
 
 const opaqueXattr = "trusted.overlay.opaque"
 
-// encodeXattrs makes the inline part of an inode. Attributes of a name space
-// that the format does not know are left out, as a file system that does not
-// have them would; overlayfs's own are not an image's to set.
+// xattrSpace divides an attribute's name; ok is false for those that are left out:
+// of a name space that the format does not know, as a file system that does not
+// have them would, and overlayfs's own, which are not an image's to set.
+func xattrSpace(full string) (index byte, name string, ok bool) {
+	if strings.HasPrefix(full, "trusted.overlay.") {
+		return 0, "", false
+	}
+	for _, s := range xattrSpaces {
+		if name, ok := strings.CutPrefix(full, s.prefix); ok {
+			return s.index, name, true
+		}
+	}
+	return 0, "", false
+}
+
+// encodeXattrs makes the inline part of an inode.
 func encodeXattrs(xattrs map[string]string, opaque bool) ([]byte, error) {
 	if len(xattrs) == 0 && !opaque {
 		return nil, nil
@@ -381,21 +394,15 @@ func encodeXattrs(xattrs map[string]string, opaque bool) ([]byte, error) {
 		out = append(out, make([]byte, -len(out)&3)...)
 	}
 	for _, full := range slices.Sorted(maps.Keys(xattrs)) {
-		value := xattrs[full]
-		if strings.HasPrefix(full, "trusted.overlay.") {
+		index, name, ok := xattrSpace(full)
+		if !ok {
 			continue
 		}
-		for _, s := range xattrSpaces {
-			name, ok := strings.CutPrefix(full, s.prefix)
-			if !ok {
-				continue
-			}
-			if len(name) > MaxName || len(out)+len(name)+len(value) > maxXattrs {
-				return nil, fmt.Errorf("%w: extended attributes over %d bytes", ErrLimit, maxXattrs)
-			}
-			put(s.index, name, value)
-			break
+		value := xattrs[full]
+		if len(name) > MaxName || len(out)+len(name)+len(value) > maxXattrs {
+			return nil, fmt.Errorf("%w: extended attributes over %d bytes", ErrLimit, maxXattrs)
 		}
+		put(index, name, value)
 	}
 	if opaque {
 		put(4, strings.TrimPrefix(opaqueXattr, "trusted."), "y")

@@ -7,12 +7,14 @@ import (
 	"encoding/hex"
 	"errors"
 	"fmt"
+	"io"
 	"io/fs"
 	"maps"
 	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"runtime"
 	"slices"
 	"strings"
 	"syscall"
@@ -319,6 +321,42 @@ func TestManyNames(t *testing.T) {
 	}
 	testenv.Root(t)
 	compare(t, makeTar(t, members...), b)
+}
+
+// What a Tree does not keep does not stay in memory: long PAX records around an
+// attribute, and attributes that it leaves out.
+func TestLongRecords(t *testing.T) {
+	const members, length = 100, 900 << 10
+	r, w := io.Pipe()
+	go func() {
+		tw := tar.NewWriter(w)
+		long := strings.Repeat("x", length)
+		for i := range members {
+			h := &tar.Header{Typeflag: tar.TypeReg, Name: fmt.Sprint("f", i), Format: tar.FormatPAX,
+				PAXRecords: map[string]string{"SCHILY.xattr.user.a": "b", "comment": long}}
+			if i%2 == 1 {
+				h.PAXRecords = map[string]string{"SCHILY.xattr.unknown.a": long}
+			}
+			if err := tw.WriteHeader(h); err != nil {
+				w.CloseWithError(err)
+				return
+			}
+		}
+		w.CloseWithError(tw.Close())
+	}()
+	tree := New(512, treeTime)
+	if _, err := tree.AddTar(r, 0, io.Discard); err != nil {
+		t.Fatal(err)
+	}
+	var m runtime.MemStats
+	runtime.GC()
+	runtime.ReadMemStats(&m)
+	if m.HeapAlloc > members*length/2 {
+		t.Errorf("%d MiB for %d names", m.HeapAlloc>>20, members)
+	}
+	if got := len(tree.root.more.children); got != members {
+		t.Errorf("%d names, want %d", got, members)
+	}
 }
 
 // Bytes of a known layer: a change of them changes what guests measure.

@@ -126,12 +126,17 @@ func (t *Tree) addMember(h *tar.Header, start int64) (*inode, error) {
 	}
 	e := Entry{Mode: uint32(h.Mode & 0o7777), UID: uint32(h.Uid), GID: uint32(h.Gid), Mtime: h.ModTime}
 	for k, v := range h.PAXRecords {
-		if name, ok := strings.CutPrefix(k, xattrRecord); ok {
-			if e.Xattrs == nil {
-				e.Xattrs = map[string]string{}
-			}
-			e.Xattrs[name] = v
+		name, ok := strings.CutPrefix(k, xattrRecord)
+		if !ok {
+			continue
 		}
+		if _, _, ok := xattrSpace(name); !ok {
+			continue
+		}
+		if e.Xattrs == nil {
+			e.Xattrs = map[string]string{}
+		}
+		e.Xattrs[strings.Clone(name)] = strings.Clone(v) // not a part of a long record
 	}
 	switch h.Typeflag {
 	case tar.TypeReg, tar.TypeCont, tar.TypeGNUSparse:

@@ -291,6 +291,28 @@ func (d discardAt) WriteAt(p []byte, off int64) (int, error) {
 	return len(p), nil
 }
 
+// TestReaderMemory: a sparse file may say that it is of any size.
+func TestReaderMemory(t *testing.T) {
+	const tib = 1 << 40
+	for name, c := range map[string]struct {
+		bits               uint32
+		virtual, fileBytes int64
+	}{
+		"tables":   {9, 16 * tib, 5 << 30},
+		"clusters": {16, 1 << 20, 1 << 62},
+	} {
+		h := make([]byte, headerSize)
+		for at, v := range map[int]uint32{0: magic, 4: 3, 20: c.bits, 36: 1 << 31, 100: headerSize} {
+			binary.BigEndian.PutUint32(h[at:], v)
+		}
+		binary.BigEndian.PutUint64(h[24:], uint64(c.virtual))
+		binary.BigEndian.PutUint64(h[40:], 1<<16)
+		if _, err := NewReader(bytes.NewReader(h), c.fileBytes); !errors.Is(err, ErrInvalid) || !strings.Contains(err.Error(), "too many") {
+			t.Errorf("%s: %v", name, err)
+		}
+	}
+}
+
 func FuzzReader(f *testing.F) {
 	for _, c := range images {
 		if c.size <= 1<<20 {

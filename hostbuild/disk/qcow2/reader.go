@@ -28,6 +28,13 @@ const (
 	zero       = 1
 )
 
+// Bounds of what is kept in memory about an image. A Writer's has 16 KiB of L1 for
+// each TiB.
+const (
+	maxL1       = 32 << 20 // bytes, as QEMU has it
+	maxClusters = 1 << 31  // of the file, a bit for each
+)
+
 // NewReader reads the tables of the image in f, a file of fileSize bytes. Each
 // cluster of the file may be used once: an image cannot be larger than its file
 // except by unallocated clusters.
@@ -71,7 +78,11 @@ func NewReader(f io.ReaderAt, fileSize int64) (*Reader, error) {
 	if l1Size < tables {
 		return refuse("L1 table of %d entries, %d are needed", l1Size, tables)
 	}
-	// The tables lie in the file, so its size bounds the memory that they take.
+	// The tables lie in the file, so its size bounds the memory that they take; but
+	// a sparse file costs nothing.
+	if tables*8 > maxL1 || ceil(fileSize, r.cluster) > maxClusters {
+		return refuse("%d bytes in clusters of %d, in a file of %d, are too many", r.size, r.cluster, fileSize)
+	}
 	inFile := func(at uint64, n int64) bool {
 		return at%uint64(r.cluster) == 0 && at != 0 && at <= uint64(fileSize) && n <= fileSize-int64(at)
 	}

@@ -13,6 +13,7 @@ package helper
 
 import (
 	"bytes"
+	"cmp"
 	"context"
 	"encoding/hex"
 	"encoding/json"
@@ -103,9 +104,7 @@ type Helper struct {
 	Path    string   // of gpu-helper
 	Library string   // of libnvidia-ml.so.1, absolute
 	Env     []string // normally empty
-	// Start starts a process and returns what waits for it; nil: as package
-	// os/exec does. PID 1 has a way of its own.
-	Start func(*exec.Cmd) (wait func() error, err error)
+	Count   int      // of GPUs that there should be; 0: not known
 	// Timeout returns the limit of an operation on n GPUs; nil: DefaultTimeout.
 	Timeout func(op string, n int) time.Duration
 
@@ -113,9 +112,9 @@ type Helper struct {
 	n  int // GPUs of the last answer
 }
 
-// DefaultTimeout is 15 s, and for evidence 6 s more for each GPU.
+// DefaultTimeout is 15 s, and 6 s more for each GPU that has to sign or to come up.
 func DefaultTimeout(op string, n int) time.Duration {
-	if op != OpCollect {
+	if op != OpCollect && op != OpPersistence {
 		n = 0
 	}
 	return 15*time.Second + time.Duration(n)*6*time.Second
@@ -184,11 +183,7 @@ func (h *Helper) do(ctx context.Context, r Request, fits func(*Answer) bool) (*A
 	if timeout == nil {
 		timeout = DefaultTimeout
 	}
-	n := h.n
-	if n == 0 {
-		n = gpu.MaxDevices
-	}
-	ctx, cancel := context.WithTimeout(ctx, timeout(r.Op, n))
+	ctx, cancel := context.WithTimeout(ctx, timeout(r.Op, cmp.Or(h.n, h.Count, gpu.MaxDevices)))
 	defer cancel()
 	line, err := h.run(ctx, r)
 	if err != nil {
@@ -223,14 +218,7 @@ func (h *Helper) run(ctx context.Context, r Request) ([]byte, error) {
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
 	cmd.WaitDelay = time.Second
-	start := h.Start
-	if start == nil {
-		start = func(c *exec.Cmd) (func() error, error) { return c.Wait, c.Start() }
-	}
-	wait, err := start(cmd)
-	if err == nil {
-		err = wait()
-	}
+	err = cmd.Run()
 	tail := strings.TrimSpace(errs.String())
 	var exit *exec.ExitError
 	switch {

@@ -169,7 +169,7 @@ func (c *Client) judge(ctx context.Context, overall string, subs map[string]stri
 		}
 		r, err := result(claims, d)
 		if err != nil {
-			return nil, fmt.Errorf("GPU %d: %w", i, err)
+			return append(results, r), fmt.Errorf("GPU %d: %w", i, err)
 		}
 		results = append(results, r)
 	}

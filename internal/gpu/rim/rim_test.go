@@ -15,6 +15,7 @@ import (
 
 	"coffer/internal/gpu"
 	"coffer/internal/gpu/rim"
+	"coffer/internal/testenv"
 	"coffer/test/gpusim"
 )
 
@@ -96,10 +97,7 @@ func TestFlips(t *testing.T) {
 
 // TestMadeUpXMLSec has xmlsec1 confirm that made-up RIMs are signed as NVIDIA's are.
 func TestMadeUpXMLSec(t *testing.T) {
-	xmlsec, err := exec.LookPath("xmlsec1")
-	if err != nil {
-		t.Skip("xmlsec1 (Debian package) is not installed")
-	}
+	xmlsec := testenv.LookTool(t, "xmlsec1")
 	w := gpusim.NewWorld()
 	dir := t.TempDir()
 	root, file := filepath.Join(dir, "root.pem"), filepath.Join(dir, "rim.xml")

@@ -14,6 +14,7 @@ import (
 
 	"coffer/internal/gpu/certs"
 	"coffer/internal/gpu/rim"
+	"coffer/internal/testenv"
 )
 
 // vectors is where the samples of public NVIDIA repositories lie: beside the
@@ -130,10 +131,7 @@ func TestVectors(t *testing.T) {
 // at which its chain is valid and at one at which it has expired.
 func TestXMLSec(t *testing.T) {
 	all := readExpected(t)
-	xmlsec, err := exec.LookPath("xmlsec1")
-	if err != nil {
-		t.Skip("xmlsec1 (Debian package) is not installed")
-	}
+	xmlsec := testenv.LookTool(t, "xmlsec1")
 	for _, want := range all {
 		for _, now := range []time.Time{want.ChainValidFrom.Add(time.Hour), want.ChainValidTo.Add(time.Hour)} {
 			file := filepath.Join(vectors, want.File)

@@ -50,13 +50,19 @@ func main() {
 }
 
 // tick is a workload that says that it lives. orders are pairs: at which tick to
-// have which program killed.
+// have which program killed, or "flood" for more than the console takes at once.
 func tick(orders []string) {
 	for i := 1; ; i++ {
 		say("tick", "ok", strconv.Itoa(i)+" ")
 		if len(orders) > 1 && orders[0] == strconv.Itoa(i) {
-			os.WriteFile("/applog/order", []byte(orders[1]), 0o644)
-			os.Rename("/applog/order", "/applog/kill")
+			if orders[1] == "flood" { // of the console
+				for range 64 {
+					say("flood", "ok", strings.Repeat("x", 400))
+				}
+			} else {
+				os.WriteFile("/applog/order", []byte(orders[1]), 0o644)
+				os.Rename("/applog/order", "/applog/kill")
+			}
 			orders = orders[2:]
 		}
 		time.Sleep(time.Second)
