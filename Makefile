@@ -152,7 +152,7 @@ build/nvflare/%/installed: | deps
 	python3 -m venv --clear $(@D)
 	$(@D)/bin/pip install -q nvflare==$* filelock # which SNPAuthorizer imports and nvflare does not require
 	@touch $@
-# docs/nvflare.md, command by command: a server, a site and an admin; or up to the site's join.
+# docs/nvflare.md, command by command: a server, its sites and an admin; or up to the sites' join.
 test-nvflare-e2e test-nvflare-boot: all base deps build/nvflare/2.9.0/installed build/images/nvflare.tar.gz
 	$(GO) test -count=1 -timeout 40m -v -run '^Test$(if $(filter %-boot,$@),Boot,Federation)$$' ./test/federation
 build/images/nvflare.tar.gz: DEPS += mmdebstrap
