@@ -287,12 +287,16 @@ func (s *Session) Close() {
 const (
 	cookieName = "kbs-session-id"
 	maxBearer  = 32 << 10 // bytes of a token that fits a KBS's request head
+	maxCookie  = 128      // bytes of a session's name
+	minNonce   = 16       // bytes of a challenge's text
+	maxNonce   = 1000
 )
 
+// No counted repetitions: a guest's start would wait for their compilation.
 var (
-	cookieValue  = regexp.MustCompile(`^[A-Za-z0-9_-]{1,128}$`)
+	cookieValue  = regexp.MustCompile(`^[A-Za-z0-9_-]+$`)
 	resourcePath = regexp.MustCompile(`^[a-zA-Z0-9_-][a-zA-Z0-9_.-]*(/[a-zA-Z0-9_-][a-zA-Z0-9_.-]*){2}$`)
-	nonceText    = regexp.MustCompile(`^[A-Za-z0-9+/=_-]{16,1000}$`)
+	nonceText    = regexp.MustCompile(`^[A-Za-z0-9+/=_-]+$`)
 )
 
 func checkPath(path string) error {
@@ -306,7 +310,7 @@ func checkPath(path string) error {
 // attributes are ignored: it expires by the KBS's clock, and the KBS says so.
 func sessionCookie(h http.Header) string {
 	for _, c := range (&http.Response{Header: h}).Cookies() {
-		if c.Name == cookieName && cookieValue.MatchString(c.Value) {
+		if c.Name == cookieName && len(c.Value) <= maxCookie && cookieValue.MatchString(c.Value) {
 			return c.Value
 		}
 	}
@@ -328,7 +332,7 @@ func parseChallenge(body []byte) (nonce string, err error) {
 	if err := json.Unmarshal(body, &ch); err != nil {
 		return "", fmt.Errorf("challenge: %w", err)
 	}
-	if !nonceText.MatchString(ch.Nonce) {
+	if n := len(ch.Nonce); n < minNonce || n > maxNonce || !nonceText.MatchString(ch.Nonce) {
 		return "", errors.New("challenge: the nonce is no base64 text")
 	}
 	if isObject(ch.ExtraParams) {

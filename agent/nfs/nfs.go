@@ -26,6 +26,8 @@ import (
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"coffer/internal/guestconfig"
 )
 
 // File is where a site names its export, and Dir where it is mounted; both in
@@ -54,10 +56,7 @@ func (e Export) String() string {
 	return e.Host + ":" + e.Path
 }
 
-var (
-	hostName   = regexp.MustCompile(`^[A-Za-z0-9]([A-Za-z0-9._-]{0,252})$`)
-	exportPath = regexp.MustCompile(`^/[A-Za-z0-9._/@+=:~-]*$`)
-)
+var exportPath = regexp.MustCompile(`^/[A-Za-z0-9._/@+=:~-]*$`)
 
 // Parse reads ext_mount.conf: one line server:/export. Blank lines and lines that
 // begin with # do not count. An IPv6 address stands in brackets.
@@ -86,7 +85,7 @@ func Parse(text []byte) (*Export, error) {
 			return nil, fmt.Errorf("%.100q is not an IPv6 address in brackets", host)
 		}
 		host = a.String()
-	} else if !hostName.MatchString(host) {
+	} else if !guestconfig.ValidHostName(host) {
 		return nil, fmt.Errorf("%.100q is not a server's name or address", host)
 	}
 	if len(dir) > 1024 || !exportPath.MatchString(dir) || path.Clean(dir) != strings.TrimSuffix(dir, "/") && dir != "/" {

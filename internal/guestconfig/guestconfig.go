@@ -349,7 +349,7 @@ var (
 	resource = regexp.MustCompile(`^[a-zA-Z0-9_-][a-zA-Z0-9_.-]*/[a-zA-Z0-9_-][a-zA-Z0-9_.-]*/[a-zA-Z0-9_-][a-zA-Z0-9_.-]*$`)
 	digest   = regexp.MustCompile(`^sha256:[0-9a-f]{64}$`)
 	acpiName = regexp.MustCompile(`^[A-Z0-9_]{4}$`)
-	hostName = regexp.MustCompile(`^[a-zA-Z0-9]([a-zA-Z0-9._-]{0,252})$`)
+	hostName = regexp.MustCompile(`^[a-zA-Z0-9][a-zA-Z0-9._-]*$`)
 )
 
 // What guests that have NFS or GPUs need, as the load list of the initrd's modules
@@ -404,7 +404,7 @@ func ValidCVMID(id string) bool { return cvmID.MatchString(id) }
 func ValidACPITable(name string) bool { return acpiName.MatchString(name) }
 
 // ValidHostName reports whether name can stand in /etc/hosts.
-func ValidHostName(name string) bool { return hostName.MatchString(name) }
+func ValidHostName(name string) bool { return len(name) <= 253 && hostName.MatchString(name) }
 
 // ValidResourcePath reports whether p has the three segments a KBS accepts.
 func ValidResourcePath(p string) bool { return resource.MatchString(p) }
@@ -467,7 +467,7 @@ func (c *Config) Validate() error {
 		check(p.Port > 0 && (p.Proto == "tcp" || p.Proto == "udp"), "network: port %d/%s is not 1..65535/tcp or udp", p.Port, p.Proto)
 	}
 	for name, addr := range c.Network.Hosts {
-		check(hostName.MatchString(name), "network.hosts: %q is not a host name", name)
+		check(ValidHostName(name), "network.hosts: %q is not a host name", name)
 		_, err := netip.ParseAddr(addr)
 		check(err == nil, "network.hosts: %q of %s is not an address", addr, name)
 	}

@@ -93,6 +93,17 @@ func TestValidate(t *testing.T) {
 	}
 }
 
+func TestValidHostName(t *testing.T) {
+	for name, want := range map[string]bool{
+		"kbs.example": true, "a": true, "": false, ".a": false, "-a": false, "a b": false, "ä": false, "a\n": false,
+		strings.Repeat("a", 253): true, strings.Repeat("a", 254): false,
+	} {
+		if got := ValidHostName(name); got != want {
+			t.Errorf("%q: %t", name, got)
+		}
+	}
+}
+
 func TestParseIsStrict(t *testing.T) {
 	doc, err := valid().Marshal()
 	if err != nil {
