@@ -74,7 +74,7 @@ SHARE = $(DESTDIR)$(PREFIX)/share
 install: bin/hostbuild bin/kbs-client bin/manuals build/base/snp/base.json
 	install -D -t $(DESTDIR)$(PREFIX)/bin bin/hostbuild bin/kbs-client
 	ln -sf hostbuild $(DESTDIR)$(PREFIX)/bin/cvm_build
-	install -D -m 644 -t $(SHARE)/coffer docs/config.schema.json
+	install -D -m 644 -t $(SHARE)/coffer docs/config.schema.json docs/settings.schema.json
 	install -D -m 644 -t $(SHARE)/doc/coffer README.md
 	install -D -m 644 -t $(SHARE)/doc/coffer/docs docs/*.md docs/*.yaml docs/*.json
 	bin/manuals $(SHARE) $(VERSION)
@@ -89,6 +89,7 @@ deb:
 	rm -rf build/deb
 	$(MAKE) install DESTDIR=$(CURDIR)/build/deb PREFIX=/usr
 	cd build/deb/usr/share && mkdir zsh/vendor-completions && mv zsh/site-functions/_hostbuild zsh/vendor-completions && rmdir zsh/site-functions && gzip -9n man/man1/*.1
+	$(GO) run ./cmd/copyright build/base/snp build/cache $(addprefix bin/,hostbuild kbs-client init agent snpguest containerd runc) >build/deb/usr/share/doc/coffer/copyright
 	install -d build/deb/DEBIAN
 	printf '%s\n' 'Package: coffer' 'Version: $(VERSION)' 'Architecture: amd64' 'Section: admin' 'Priority: optional' \
 	'Maintainer: Coffer developers <coffer@localhost>' "Installed-Size: $$(du -sk build/deb/usr | cut -f 1)" \
@@ -151,7 +152,7 @@ build/nvflare/%/installed: | deps
 	python3 -m venv --clear $(@D)
 	$(@D)/bin/pip install -q nvflare==$* filelock # which SNPAuthorizer imports and nvflare does not require
 	@touch $@
-# docs/nvflare.md, command by command: a server, a site and an admin; or up to the site's join.
+# docs/nvflare.md, command by command: a server, its sites and an admin; or up to the sites' join.
 test-nvflare-e2e test-nvflare-boot: all base deps build/nvflare/2.9.0/installed build/images/nvflare.tar.gz
 	$(GO) test -count=1 -timeout 40m -v -run '^Test$(if $(filter %-boot,$@),Boot,Federation)$$' ./test/federation
 build/images/nvflare.tar.gz: DEPS += mmdebstrap

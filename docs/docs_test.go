@@ -1,6 +1,6 @@
 // Package docs has no code: its test holds the documentation to the program.
-// `go test ./docs -update` writes what is generated, commands.md and
-// config.schema.json.
+// `go test ./docs -update` writes what is generated, commands.md and the two
+// schemas.
 package docs
 
 import (
@@ -329,23 +329,26 @@ func describe(b *bytes.Buffer, c *cobra.Command) {
 	}
 }
 
-// schema makes the JSON Schema of CONFIG.yaml out of what its reader asks for
-// and of what the reference says.
-func schema(t *testing.T) []byte {
+// schema makes a JSON Schema out of the keys that a reader asks for and of what
+// the reference says below a heading: in the last cell, and the default in the
+// one before, if there are three.
+func schema(t *testing.T, title, head string, keys []*yamlcheck.Key) []byte {
 	descriptions := map[string]string{}
-	text := section(t, "reference.md", "## CONFIG.yaml")
+	text := section(t, "reference.md", head)
 	for _, r := range rows(text[:tableEnd(text)]) {
 		for _, name := range r.names {
-			d := strings.TrimSpace(r.cells[2])
-			if def := strings.TrimSpace(r.cells[1]); def != "" && def != "required" {
-				d = "(default: " + def + ") " + d
+			d := strings.TrimSpace(r.cells[len(r.cells)-1])
+			if len(r.cells) > 2 {
+				if def := strings.TrimSpace(r.cells[1]); def != "" && def != "required" {
+					d = "(default: " + def + ") " + d
+				}
 			}
 			d = regexp.MustCompile(`\[([^]]*)\]\([^)]*\)`).ReplaceAllString(d, "$1")
 			descriptions[name] = strings.ReplaceAll(strings.ReplaceAll(d, "`", ""), "\x00", "|")
 		}
 	}
 	root := mapping()
-	for _, k := range config.Keys() {
+	for _, k := range keys {
 		if len(k.Kinds) == 0 {
 			continue // known in order to be refused
 		}
@@ -373,7 +376,7 @@ func schema(t *testing.T) []byte {
 		}
 	}
 	root["$schema"] = "http://json-schema.org/draft-07/schema#"
-	root["title"] = "CONFIG.yaml of a Coffer CVM"
+	root["title"] = title
 	var b bytes.Buffer
 	e := json.NewEncoder(&b)
 	e.SetEscapeHTML(false)
@@ -437,21 +440,24 @@ func form(k *yamlcheck.Key) map[string]any {
 	return map[string]any{"anyOf": forms}
 }
 
-func TestSchemaIsCurrent(t *testing.T) { generated(t, "config.schema.json", schema(t)) }
+func TestSchemasAreCurrent(t *testing.T) {
+	generated(t, "config.schema.json", schema(t, "CONFIG.yaml of a Coffer CVM", "## CONFIG.yaml", config.Keys()))
+	generated(t, "settings.schema.json", schema(t, "Settings of a Coffer build host", "## Settings of the build host", settings.Keys()))
+}
 
-// The schema takes what hostbuild takes, and refuses common slips.
+// The schemas take what hostbuild takes, and refuse common slips.
 func TestSchemaDecides(t *testing.T) {
 	query, err := rego.New(rego.Query(`x = json.match_schema(input.document, input.schema)`)).PrepareForEval(context.Background())
 	if err != nil {
 		t.Fatal(err)
 	}
-	accepts := func(document string) bool {
+	accepts := func(schema, document string) bool {
 		t.Helper()
 		var d any
 		if err := yaml.Unmarshal([]byte(document), &d); err != nil {
 			t.Fatal(err)
 		}
-		rs, err := query.Eval(context.Background(), rego.EvalInput(map[string]any{"document": d, "schema": read(t, "config.schema.json")}))
+		rs, err := query.Eval(context.Background(), rego.EvalInput(map[string]any{"document": d, "schema": read(t, schema)}))
 		if err != nil || len(rs) != 1 {
 			t.Fatalf("%v, %d results", err, len(rs))
 		}
@@ -462,7 +468,7 @@ func TestSchemaDecides(t *testing.T) {
 		t.Fatalf("%v, %d examples", err, len(examples))
 	}
 	for _, name := range examples {
-		if !accepts(read(t, name)) {
+		if !accepts("config.schema.json", read(t, name)) {
 			t.Errorf("%s is refused", name)
 		}
 	}
@@ -479,8 +485,22 @@ func TestSchemaDecides(t *testing.T) {
 		"docker_archive: a\npeers: {min_tcb: {Turin: {fmc: x}}}": false,
 		"docker_archive: a\ncc_issuers: [{id: a}]":               false,
 	} {
-		if accepts(document) != want {
+		if accepts("config.schema.json", document) != want {
 			t.Errorf("accepted is %v: %q", !want, document)
+		}
+	}
+	const kbs = "policy_dir: /p\nkbs: {url: 'https://k:1', ca: /c}\n"
+	for document, want := range map[string]bool{
+		kbs: true,
+		kbs + "cache_size_gb: 0\nmin_tcb: {Genoa: {snp: 23}}": true,
+		"policy_dir: /p\nkbs: {url: 'https://k:1'}":           false,
+		"kbs: {url: 'https://k:1', ca: /c}":                   false,
+		kbs + "cache_size_gb: many":                           false,
+		kbs + "base_dri: /b":                                  false,
+		kbs + "min_tcb: {Genoa: {snp: 256}}":                  false,
+	} {
+		if accepts("settings.schema.json", document) != want {
+			t.Errorf("settings: accepted is %v: %q", !want, document)
 		}
 	}
 }

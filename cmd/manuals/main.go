@@ -1,5 +1,5 @@
-// Command manuals writes hostbuild's man pages and shell completions below a
-// folder, as PREFIX/share has them. $SOURCE_DATE_EPOCH dates the pages.
+// Command manuals writes hostbuild's man pages and shell completions, and
+// kbs-client's man pages, below a folder, as PREFIX/share has them. $SOURCE_DATE_EPOCH dates the pages.
 package main
 
 import (
@@ -13,6 +13,7 @@ import (
 	"github.com/spf13/cobra/doc"
 
 	"coffer/hostbuild/cli"
+	kbsclient "coffer/kbsclient/cli"
 )
 
 func main() {
@@ -28,14 +29,16 @@ func main() {
 
 func write(share, version string) error {
 	root := (&cli.App{Version: version}).Command()
-	root.DisableAutoGenTag = true
-	plain(root)
 	man := filepath.Join(share, "man/man1")
 	if err := os.MkdirAll(man, 0o755); err != nil {
 		return err
 	}
-	if err := doc.GenManTree(root, &doc.GenManHeader{Section: "1", Source: "Coffer " + version, Manual: "Coffer"}, man); err != nil {
-		return err
+	for _, c := range []*cobra.Command{root, kbsclient.Command()} {
+		c.DisableAutoGenTag = true
+		plain(c)
+		if err := doc.GenManTree(c, &doc.GenManHeader{Section: "1", Source: "Coffer " + version, Manual: "Coffer"}, man); err != nil {
+			return err
+		}
 	}
 	bash, zsh, fish := "bash-completion/completions/hostbuild", "zsh/site-functions/_hostbuild", "fish/vendor_completions.d/hostbuild.fish"
 	for _, name := range []string{bash, zsh, fish} {

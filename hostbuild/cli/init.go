@@ -27,7 +27,7 @@ var templates embed.FS
 // beginning is what the two files are filled with.
 type beginning struct {
 	URL, GuestURL, CA, AdminKey, PolicyDir, BaseDir, OutputDir string
-	Archive, Ports, OutPorts, Schema                           string
+	Archive, Ports, OutPorts, Schemas                          string
 }
 
 var portList = regexp.MustCompile(`^([0-9]{1,5}(/udp|/tcp)?(,|$))*$`)
@@ -169,9 +169,9 @@ func (b *beginning) prepare() error {
 		}
 	}
 	if program, err := os.Executable(); err == nil {
-		schema := filepath.Join(filepath.Dir(filepath.Dir(program)), "share/coffer/config.schema.json")
-		if _, err := os.Stat(schema); err == nil {
-			b.Schema = schema
+		schemas := filepath.Join(filepath.Dir(filepath.Dir(program)), "share/coffer")
+		if _, err := os.Stat(schemas); err == nil {
+			b.Schemas = schemas
 		}
 	}
 	for _, p := range []*string{&b.URL, &b.GuestURL, &b.CA, &b.AdminKey, &b.PolicyDir, &b.BaseDir, &b.OutputDir, &b.Archive} {

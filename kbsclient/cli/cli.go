@@ -104,6 +104,9 @@ func require(cmd *cobra.Command, flags ...string) {
 	}
 }
 
+// Command is the command line, for its manual.
+func Command() *cobra.Command { return new(tool).root() }
+
 func (t *tool) root() *cobra.Command {
 	root := parent("kbs-client", "A command line client for the APIs of a Trustee KBS")
 	root.Version = "0.1.0"

@@ -7,7 +7,6 @@
 package federation
 
 import (
-	"bytes"
 	"cmp"
 	"context"
 	"fmt"
@@ -111,23 +110,44 @@ func (s *shell) run(ctx context.Context, block string) error {
 	return err
 }
 
-// checks are what holds after a section, beside its own commands' success.
-var checks = map[string]func(t *testing.T, dir string){
-	"Start": func(t *testing.T, dir string) {
+const model = "model: [[3.0, 4.0, 5.0], [6.0, 7.0, 8.0], [9.0, 10.0, 11.0]]"
+
+// checks are what holds after a section, beside its own commands' success. two
+// tells whether there is a site-2.
+var checks = map[string]func(t *testing.T, dir string, two bool){
+	"Start": func(t *testing.T, dir string, two bool) {
 		const verified = "SNPAuthorizer - INFO - Check nonce passed"
 		want(t, dir, "server1/cvm_*/console.log", "allowed ports in=8002/tcp out=443/tcp platform", verified)
-		want(t, dir, "site-1/cvm_*/console.log", "allowed ports in=none out=8002/tcp,443/tcp platform", verified)
-		want(t, dir, "site-1.out", "phase=key status=ok")
+		sites := []string{"site-1"}
+		if two {
+			sites = append(sites, "site-2")
+		}
+		for _, site := range sites {
+			want(t, dir, site+"/cvm_*/console.log", "allowed ports in=none out=8002/tcp,443/tcp platform", verified)
+			want(t, dir, site+".out", "phase=key status=ok")
+		}
 	},
-	"A job": func(t *testing.T, dir string) {
-		want(t, dir, "job.out", "model: [[3.0, 4.0, 5.0], [6.0, 7.0, 8.0], [9.0, 10.0, 11.0]]")
+	"A job": func(t *testing.T, dir string, _ bool) {
+		want(t, dir, "job.out", model)
 	},
-	"Another day": func(t *testing.T, dir string) {
-		want(t, dir, "job3.out", "model: [[3.0, 4.0, 5.0], [6.0, 7.0, 8.0], [9.0, 10.0, 11.0]]")
+	"Taking a site's rule away, and giving it back": func(t *testing.T, dir string, two bool) {
+		if two {
+			want(t, dir, "job2.out", "\nsites: site-2\n", model)
+			if text := contents(t, dir, "site-2/cvm_*/console.log"); strings.Contains(text, "action=stop_job") {
+				t.Error("site-2 was stopped for site-1's rule")
+			}
+		}
+		want(t, dir, "job3.out", model)
+	},
+	"Another day": func(t *testing.T, dir string, two bool) {
+		if two {
+			want(t, dir, "job5.out", "\nsites: site-2\n", model)
+		}
+		want(t, dir, "job6.out", model)
 	},
 }
 
-func want(t *testing.T, dir, pattern string, parts ...string) {
+func contents(t *testing.T, dir, pattern string) string {
 	t.Helper()
 	names, err := filepath.Glob(filepath.Join(dir, pattern))
 	if err != nil || len(names) != 1 {
@@ -137,8 +157,14 @@ func want(t *testing.T, dir, pattern string, parts ...string) {
 	if err != nil {
 		t.Fatal(err)
 	}
+	return string(text)
+}
+
+func want(t *testing.T, dir, pattern string, parts ...string) {
+	t.Helper()
+	text := contents(t, dir, pattern)
 	for _, p := range parts {
-		if !bytes.Contains(text, []byte(p)) {
+		if !strings.Contains(text, p) {
 			t.Errorf("%s lacks %q", pattern, p)
 		}
 	}
@@ -188,10 +214,18 @@ func follow(t *testing.T, last string) {
 			t.Logf("%6.1f s  %s", time.Since(start).Seconds(), name)
 		}
 		if check := checks[s.title]; check != nil {
-			check(t, dir)
+			_, err := os.Stat(filepath.Join(dir, "site-2"))
+			check(t, dir, err == nil)
 		}
 		if t.Failed() {
 			t.FailNow()
+		}
+	}
+	jobs, _ := filepath.Glob(filepath.Join(dir, "job*.out"))
+	for _, name := range jobs {
+		text := contents(t, dir, filepath.Base(name))
+		for _, line := range regexp.MustCompile("(?m)^failed: .*").FindAllString(text, -1) {
+			t.Logf("%s: %s", filepath.Base(name), line)
 		}
 	}
 	t.Logf("%.0f s in all; the longest steps:", time.Since(began).Seconds())

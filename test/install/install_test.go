@@ -41,9 +41,10 @@ func TestContents(t *testing.T) {
 	list := output(t, "dpkg-deb", "-c", deb(t))
 	for _, want := range []string{
 		"usr/bin/hostbuild", "usr/bin/kbs-client", "usr/bin/cvm_build -> hostbuild",
-		"usr/lib/coffer/base/snp/base.json", "usr/lib/coffer/base/snp/vmlinuz", "usr/share/coffer/config.schema.json",
-		"usr/share/man/man1/hostbuild-cvm.1.gz", "usr/share/bash-completion/completions/hostbuild", "usr/share/zsh/vendor-completions/_hostbuild",
+		"usr/lib/coffer/base/snp/base.json", "usr/lib/coffer/base/snp/vmlinuz", "usr/share/coffer/config.schema.json", "usr/share/coffer/settings.schema.json",
+		"usr/share/man/man1/hostbuild-cvm.1.gz", "usr/share/man/man1/kbs-client-config-set-resource.1.gz", "usr/share/bash-completion/completions/hostbuild", "usr/share/zsh/vendor-completions/_hostbuild",
 		"usr/share/fish/vendor_completions.d/hostbuild.fish", "usr/share/doc/coffer/README.md", "usr/share/doc/coffer/docs/operations.md",
+		"usr/share/doc/coffer/copyright",
 	} {
 		if !strings.Contains(list, "./"+want+"\n") {
 			t.Errorf("%s is missing", want)
@@ -173,6 +174,10 @@ func TestInstalled(t *testing.T) {
 	config, err := os.ReadFile(filepath.Join(string(root), "CONFIG.yaml"))
 	if err != nil || !strings.HasPrefix(string(config), "# yaml-language-server: $schema=/usr/share/coffer/config.schema.json\n") {
 		t.Errorf("CONFIG.yaml does not name the installed schema: %v, %.80q", err, config)
+	}
+	settings, err := os.ReadFile(filepath.Join(string(root), "root/.config/coffer/hostbuild.yaml"))
+	if err != nil || !strings.HasPrefix(string(settings), "# yaml-language-server: $schema=/usr/share/coffer/settings.schema.json\n") {
+		t.Errorf("hostbuild.yaml does not name the installed schema: %v, %.80q", err, settings)
 	}
 	root.run(t, 0, "dpkg", "-r", "coffer")
 	if _, err := os.Stat(filepath.Join(string(root), "usr/lib/coffer")); err == nil {

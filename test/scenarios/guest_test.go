@@ -373,6 +373,31 @@ func TestGuestConsoleStopped(t *testing.T) {
 	}
 }
 
+// A host that stops the disk of the guest's own programs, together with the KBS,
+// gains nothing: what ends the workload is in memory before the workload starts.
+func TestGuestDiskStopped(t *testing.T) {
+	l := setupKBS(t)
+	monitor := filepath.Join(t.TempDir(), "monitor")
+	hostileQEMU(t, "", "-monitor", "unix:"+monitor+",server=on,wait=off")
+	g := bootLong(t, l.probeBundle(t, "cc_attestation:\n  check_frequency: 2\n  max_staleness: 15\n", "tick"))
+	g.expect(`workload: probe: tick ok 1 `)
+	m, err := net.Dial("unix", monitor)
+	if err != nil {
+		t.Fatal(err)
+	}
+	defer m.Close()
+	if _, err := io.WriteString(m, "block_set_io_throttle crypt_root 1 0 0 0 0 0\n"); err != nil { // a byte a second
+		t.Fatal(err)
+	}
+	l.kbs.Stop()
+	g.expect(`attestation action=stop_job reason="no pass within 15s`)
+	g.off()
+	_, after, _ := strings.Cut(g.Console.Text(), "attestation action=stop_job")
+	if strings.Contains(after, "workload: probe: tick") {
+		t.Errorf("the workload ran on:\n%s", after)
+	}
+}
+
 // baseWithSaboteur has bundles built with an agent that kills what the workload
 // names, itself included.
 func (l *line) baseWithSaboteur(t *testing.T) {
@@ -506,6 +531,7 @@ func TestGuestKBSOutage(t *testing.T) {
 
 	g := bootLong(t, b)
 	g.expect(`workload: probe: fill refused .*no space left`)
+	g.expect(`workload: \([1-9]\d* bytes are not shown here\)`) // what was dropped is counted
 	g.expect(`workload: probe: flood ok`)
 	g.expect(`workload: probe: alive ok`)
 	g.expect(`attestation round=\d+ verdict=pass`)

@@ -82,6 +82,9 @@ func run(ctx context.Context, now time.Time, stdin io.Reader, stdout io.Writer, 
 		if first, rest, _ := strings.Cut(msg, "\n"); strings.HasPrefix(first, "debugfs 1.") {
 			msg = rest
 		}
+		if first, rest, _ := strings.Cut(msg, "\n"); strings.HasSuffix(first, ": catastrophic mode - not reading inode or group bitmaps") { // -c
+			msg = rest
+		}
 		if err == nil && msg != "" {
 			err = errors.New("failed")
 		}

@@ -3,12 +3,14 @@ package ext4
 import (
 	"bytes"
 	"context"
+	"encoding/binary"
 	"errors"
 	"fmt"
 	"math/rand/v2"
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -234,4 +236,28 @@ func FuzzListing(f *testing.F) {
 			}
 		}
 	})
+}
+
+// As a drive may look whose guest writes to it at this moment.
+func TestReadsWithWrongBitmap(t *testing.T) {
+	f := fresh(t, 64<<20)
+	if err := Populate(t.Context(), f.Name(), now, []Item{{Path: "/log.txt", Mode: 0o644, Source: "ext4_test.go"}}); err != nil {
+		t.Fatal(err)
+	}
+	var block [4]byte // of group 0's bitmap: the first word of its descriptor
+	if _, err := f.ReadAt(block[:], 4096); err != nil {
+		t.Fatal(err)
+	}
+	if _, err := f.WriteAt([]byte{0xa5}, int64(binary.LittleEndian.Uint32(block[:]))*4096+100); err != nil {
+		t.Fatal(err)
+	}
+	list, err := List(t.Context(), f.Name(), "/")
+	if err != nil || !slices.ContainsFunc(list, func(e Entry) bool { return e.Name == "log.txt" }) {
+		t.Errorf("%v, %v", list, err)
+	}
+	want, _ := os.ReadFile("ext4_test.go")
+	var got bytes.Buffer
+	if err := Read(t.Context(), f.Name(), "log.txt", &got); err != nil || !bytes.Equal(got.Bytes(), want) {
+		t.Errorf("%d bytes of %d, %v", got.Len(), len(want), err)
+	}
 }

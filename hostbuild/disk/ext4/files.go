@@ -114,6 +114,9 @@ type Entry struct {
 	Size     int64
 }
 
+// Drives may be read while a guest writes to them, where bitmaps and their
+// checksums do not always agree: debugfs -c reads without bitmaps.
+
 // List lists the directory dir of the file system in the file at image, without
 // "." and "..". A directory that is not there gives fs.ErrNotExist.
 func List(ctx context.Context, image, dir string) ([]Entry, error) {
@@ -122,7 +125,7 @@ func List(ctx context.Context, image, dir string) ([]Entry, error) {
 		return nil, err
 	}
 	var out bytes.Buffer
-	if err := run(ctx, time.Now(), nil, &out, "debugfs", "-R", "ls -p "+q, image); err != nil {
+	if err := run(ctx, time.Now(), nil, &out, "debugfs", "-c", "-R", "ls -p "+q, image); err != nil {
 		return nil, err
 	}
 	return parseListing(&out)
@@ -161,5 +164,5 @@ func Read(ctx context.Context, image, name string, w io.Writer) error {
 	if err != nil {
 		return err
 	}
-	return run(ctx, time.Now(), nil, w, "debugfs", "-R", "cat "+q, image)
+	return run(ctx, time.Now(), nil, w, "debugfs", "-c", "-R", "cat "+q, image)
 }
