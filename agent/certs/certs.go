@@ -13,7 +13,6 @@ package certs
 import (
 	"context"
 	"crypto/x509"
-	"encoding/hex"
 	"encoding/pem"
 	"errors"
 	"fmt"
@@ -162,7 +161,7 @@ func (s *Store) VCEK(ctx context.Context, r *snp.Report) (der []byte, source str
 	if s.cfg.KDS == "" {
 		return nil, "", ErrUnknown
 	}
-	if der, err = s.fetchVCEK(ctx, r, product, name); err != nil {
+	if der, err = s.fetchVCEK(ctx, r, name); err != nil {
 		return nil, "", fmt.Errorf("%w; %s: %w", ErrUnknown, s.cfg.KDS, err)
 	}
 	s.keep(name, der)
@@ -244,9 +243,10 @@ func readIn(root *os.Root, name string) ([]byte, error) {
 
 // fetchVCEK asks the KDS, one request at a time, and not for what it has just
 // failed to give.
-func (s *Store) fetchVCEK(ctx context.Context, r *snp.Report, product, name string) ([]byte, error) {
-	if r.ChipID == [64]byte{} {
-		return nil, errors.New("the host masks the chip id")
+func (s *Store) fetchVCEK(ctx context.Context, r *snp.Report, name string) ([]byte, error) {
+	path, err := r.VCEKPath()
+	if err != nil {
+		return nil, err
 	}
 	s.mu.Lock()
 	last, failed := s.failed[name]
@@ -254,16 +254,6 @@ func (s *Store) fetchVCEK(ctx context.Context, r *snp.Report, product, name stri
 	if failed && s.cfg.Now().Sub(last).Abs() < kdsRetry {
 		return nil, errors.New("it did not have it a minute ago")
 	}
-	id, t := r.ChipID[:], r.ReportedTCB
-	spl := ""
-	if product == "Turin" {
-		if t.FMC == nil {
-			return nil, errors.New("a Turin's report without fmc")
-		}
-		id, spl = id[:8], fmt.Sprintf("fmcSPL=%02d&", *t.FMC)
-	}
-	path := fmt.Sprintf("/vcek/v1/%s/%s?%sblSPL=%02d&teeSPL=%02d&snpSPL=%02d&ucodeSPL=%02d",
-		product, hex.EncodeToString(id), spl, t.Bootloader, t.TEE, t.SNP, t.Microcode)
 	der, err := s.get(ctx, path, maxCert)
 	if err == nil {
 		err = s.fits(r, der)

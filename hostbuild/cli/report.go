@@ -181,17 +181,11 @@ func (v *verdict) print(a *App) {
 
 // vcekAddress says where AMD hands out the certificate that a report needs.
 func vcekAddress(r *snp.Report) string {
-	product, err := r.Product()
-	if err != nil || r.SigningKey() != snp.SigningKeyVCEK || r.ChipID == [64]byte{} {
+	path, err := r.VCEKPath()
+	if err != nil || r.SigningKey() != snp.SigningKeyVCEK {
 		return ""
 	}
-	t := r.ReportedTCB
-	id, fmc := r.ChipID[:], ""
-	if t.FMC != nil {
-		id, fmc = id[:8], fmt.Sprintf("fmcSPL=%02d&", *t.FMC)
-	}
-	return fmt.Sprintf("; AMD has it at https://kdsintf.amd.com/vcek/v1/%s/%x?%sblSPL=%02d&teeSPL=%02d&snpSPL=%02d&ucodeSPL=%02d",
-		product, id, fmc, t.Bootloader, t.TEE, t.SNP, t.Microcode)
+	return "; AMD has it at https://kdsintf.amd.com" + path
 }
 
 // readCerts reads the signer's certificate: from a folder as snpguest keeps it,

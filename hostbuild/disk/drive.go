@@ -228,7 +228,7 @@ type DriveEntry = ext4.Entry
 // there gives fs.ErrNotExist.
 func ListDrive(ctx context.Context, file, dir string) ([]DriveEntry, error) {
 	var list []DriveEntry
-	err := withRaw(file, func(raw string) (err error) {
+	err := withRaw(file, func(raw string, _ int64) (err error) {
 		list, err = ext4.List(ctx, raw, dir)
 		return err
 	})
@@ -240,16 +240,16 @@ func ListDrive(ctx context.Context, file, dir string) ([]DriveEntry, error) {
 
 // ReadDrive writes a file of the plain drive in a qcow2 file to w.
 func ReadDrive(ctx context.Context, file string, w io.Writer, name string) error {
-	err := withRaw(file, func(raw string) error { return ext4.Read(ctx, raw, name, w) })
+	err := withRaw(file, func(raw string, _ int64) error { return ext4.Read(ctx, raw, name, w) })
 	if err != nil {
 		return fmt.Errorf("read %s of drive %s: %w", name, file, err)
 	}
 	return nil
 }
 
-// withRaw gives f a raw copy of the drive. The image comes from a host that is
+// withRaw gives f a raw copy of the drive, and the size of its file. The image comes from a host that is
 // not trusted: see package qcow2 for what is refused.
-func withRaw(file string, f func(raw string) error) error {
+func withRaw(file string, f func(raw string, size int64) error) error {
 	in, size, err := source(file)
 	if err != nil {
 		return err
@@ -261,7 +261,7 @@ func withRaw(file string, f func(raw string) error) error {
 	}
 	defer os.Remove(raw.Name())
 	defer raw.Close()
-	return f(raw.Name())
+	return f(raw.Name(), size)
 }
 
 // rawCopy unpacks a qcow2 image into a temporary file.

@@ -1,6 +1,7 @@
 package disk
 
 import (
+	"bytes"
 	"context"
 	"errors"
 	"fmt"
@@ -184,10 +185,10 @@ func notInUse(file string) error {
 
 // GetDrive copies a file or folder of the plain drive in a qcow2 file to dest on
 // the host, which must not be there. The drive may come from a host that is not
-// trusted: only regular files and folders come out, for the caller alone; skipped
-// lists what else there was.
+// trusted: only regular files and folders come out, for the caller alone, and no
+// more data than the drive's file has bytes; skipped lists what else there was.
 func GetDrive(ctx context.Context, file, src, dest string) (skipped []string, err error) {
-	err = withRaw(file, func(raw string) error {
+	err = withRaw(file, func(raw string, size int64) error {
 		src := path.Clean("/" + src)
 		e, ok, err := lister{raw, map[string][]DriveEntry{}}.find(ctx, src)
 		if err == nil && !ok {
@@ -196,7 +197,9 @@ func GetDrive(ctx context.Context, file, src, dest string) (skipped []string, er
 		if err != nil {
 			return err
 		}
-		skipped, err = getTree(ctx, raw, src, dest, e.Mode, 0)
+		g := getter{raw: raw, left: size}
+		err = g.get(ctx, src, dest, e.Mode, 0)
+		skipped = g.skipped
 		return err
 	})
 	if err != nil {
@@ -205,38 +208,94 @@ func GetDrive(ctx context.Context, file, src, dest string) (skipped []string, er
 	return skipped, nil
 }
 
-func getTree(ctx context.Context, raw, src, dest string, mode uint32, depth int) (skipped []string, err error) {
-	const maxDepth = 100
+// ErrTooMuch says that a drive holds more than its file has bytes.
+var ErrTooMuch = errors.New("it holds more data than its file has bytes: blocks or folders are there several times over, by hard links or by forgery; get the files that you need one by one")
+
+// getter copies out of a raw drive. left is how many bytes of data may still come:
+// a drive whose files share blocks, or whose folders hold themselves, could
+// otherwise fill any disk. Zeros become holes, which take no room here either.
+type getter struct {
+	raw     string
+	left    int64
+	skipped []string
+}
+
+func (g *getter) take(n int64) error {
+	if g.left -= n; g.left < 0 {
+		return ErrTooMuch
+	}
+	return nil
+}
+
+func (g *getter) get(ctx context.Context, src, dest string, mode uint32, depth int) error {
+	const maxDepth, inode = 100, 128 // bytes that a file has at least
 	switch mode & typeMask {
 	case syscall.S_IFREG:
+		if err := g.take(inode); err != nil {
+			return err
+		}
 		f, err := os.OpenFile(dest, os.O_WRONLY|os.O_CREATE|os.O_EXCL, 0o600)
 		if err != nil {
-			return nil, err
+			return err
 		}
-		return nil, errors.Join(ext4.Read(ctx, raw, src, f), f.Close())
+		w := &holeWriter{f: f, take: g.take}
+		err = ext4.Read(ctx, g.raw, src, w)
+		if g.left < 0 { // debugfs, cut off, says less
+			err = ErrTooMuch
+		}
+		return errors.Join(err, f.Truncate(w.off), f.Close())
 	case syscall.S_IFDIR:
 	default:
-		return []string{src}, nil
+		g.skipped = append(g.skipped, src)
+		return nil
 	}
 	if depth == maxDepth {
-		return nil, fmt.Errorf("%w: folders more than %d deep", ErrBadFile, maxDepth)
+		return fmt.Errorf("%w: folders more than %d deep", ErrBadFile, maxDepth)
+	}
+	if err := g.take(blockSize); err != nil {
+		return err
 	}
 	if err := os.Mkdir(dest, 0o700); err != nil {
-		return nil, err
+		return err
 	}
-	entries, err := ext4.List(ctx, raw, src)
+	entries, err := ext4.List(ctx, g.raw, src)
 	if err != nil {
-		return nil, err
+		return err
 	}
 	for _, e := range entries {
 		if e.Name == "" || e.Name == "." || e.Name == ".." || strings.ContainsAny(e.Name, "/\x00") {
-			return nil, fmt.Errorf("%w: a name %q", ErrBadFile, e.Name)
+			return fmt.Errorf("%w: a name %q", ErrBadFile, e.Name)
 		}
-		more, err := getTree(ctx, raw, path.Join(src, e.Name), filepath.Join(dest, e.Name), e.Mode, depth+1)
-		skipped = append(skipped, more...)
-		if err != nil {
-			return skipped, err
+		if err := g.get(ctx, path.Join(src, e.Name), filepath.Join(dest, e.Name), e.Mode, depth+1); err != nil {
+			return err
 		}
 	}
-	return skipped, nil
+	return nil
+}
+
+// holeWriter writes a file from its start and leaves holes where blocks are zero;
+// take allows the rest. The file's size is for the caller to set.
+type holeWriter struct {
+	f    *os.File
+	off  int64
+	take func(int64) error
+}
+
+func (w *holeWriter) Write(p []byte) (int, error) {
+	var zeros [blockSize]byte
+	for done := 0; done < len(p); {
+		b := p[done:]
+		b = b[:min(int64(len(b)), blockSize-w.off%blockSize)]
+		if !bytes.Equal(b, zeros[:len(b)]) {
+			if err := w.take(int64(len(b))); err != nil {
+				return done, err
+			}
+			if _, err := w.f.WriteAt(b, w.off); err != nil {
+				return done, err
+			}
+		}
+		w.off += int64(len(b))
+		done += len(b)
+	}
+	return len(p), nil
 }

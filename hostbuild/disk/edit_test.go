@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"slices"
 	"strings"
+	"syscall"
 	"testing"
 
 	"golang.org/x/sys/unix"
@@ -118,6 +119,87 @@ func TestPutAndGet(t *testing.T) {
 	if _, err := GetDrive(t.Context(), drive, "/none", dest+"2"); !errors.Is(err, fs.ErrNotExist) {
 		t.Errorf("what is not there: %v", err)
 	}
+}
+
+// What comes out of a drive takes no more room than the drive's file, whatever
+// its file system claims.
+func TestGetIsBounded(t *testing.T) {
+	debugfs := testenv.LookTool(t, "debugfs")
+	data, big := filepath.Join(t.TempDir(), "data"), filepath.Join(t.TempDir(), "sparse")
+	if err := os.WriteFile(data, randomBytes(1, 3<<20), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	if err := errors.Join(os.WriteFile(big, []byte("head"), 0o600), os.Truncate(big, 100<<20+1)); err != nil {
+		t.Fatal(err)
+	}
+	deep, dir := "", "" // 2^14 folders, by 14
+	for range 14 {
+		deep += fmt.Sprintf("mkdir %[1]sx\nln %[1]sx %[1]sy\n", dir)
+		dir += "x/"
+	}
+	for name, tt := range map[string]struct {
+		commands string
+		want     error
+		get      string // what comes out nevertheless
+	}{
+		"a sparse file":             {"write " + big + " big", nil, "/big"},
+		"a file with many names":    {"write " + data + " a\nln a b\nln a c\nln a d\nln a e\nln a f", ErrTooMuch, "/f"},
+		"a folder in itself":        {"mkdir d\nln d d/x", ErrBadFile, ""},
+		"folders by two names each": {deep, ErrTooMuch, ""},
+	} {
+		t.Run(name, func(t *testing.T) {
+			raw, drive := filepath.Join(t.TempDir(), "raw"), newDrive(t)
+			output(t, testenv.LookTool(t, "qemu-img"), "convert", "-O", "raw", drive, raw)
+			script := filepath.Join(t.TempDir(), "script")
+			if err := os.WriteFile(script, []byte(tt.commands+"\n"), 0o600); err != nil {
+				t.Fatal(err)
+			}
+			output(t, debugfs, "-w", "-f", script, raw)
+			output(t, testenv.LookTool(t, "qemu-img"), "convert", "-O", "qcow2", raw, drive)
+			st, err := os.Stat(drive)
+			if err != nil {
+				t.Fatal(err)
+			}
+			dest := filepath.Join(t.TempDir(), "out")
+			if _, err := GetDrive(t.Context(), drive, "/", dest); !errors.Is(err, tt.want) {
+				t.Errorf("error %v, want %v", err, tt.want)
+			}
+			if n := allocated(t, dest); n > st.Size()+1<<20 {
+				t.Errorf("%d bytes on the disk, the drive's file has %d", n, st.Size())
+			}
+			if tt.get == "" {
+				return
+			}
+			one := filepath.Join(t.TempDir(), "one")
+			if _, err := GetDrive(t.Context(), drive, tt.get, one); err != nil {
+				t.Fatal(err)
+			}
+			original := data
+			if tt.want == nil {
+				original = big
+			}
+			output(t, "cmp", original, one)
+		})
+	}
+}
+
+// allocated is how many bytes the files and folders at dir occupy.
+func allocated(t *testing.T, dir string) (n int64) {
+	t.Helper()
+	err := filepath.WalkDir(dir, func(_ string, d fs.DirEntry, err error) error {
+		if err != nil {
+			return err
+		}
+		fi, err := d.Info()
+		if err == nil {
+			n += fi.Sys().(*syscall.Stat_t).Blocks * 512
+		}
+		return err
+	})
+	if err != nil {
+		t.Error(err)
+	}
+	return n
 }
 
 func TestResize(t *testing.T) {

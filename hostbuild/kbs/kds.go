@@ -2,7 +2,6 @@ package kbs
 
 import (
 	"context"
-	"encoding/hex"
 	"errors"
 	"fmt"
 	"io"
@@ -60,28 +59,11 @@ func newKDS(address string, now func() time.Time) (*kds, error) {
 		http: &http.Client{Timeout: kdsTime, CheckRedirect: func(*http.Request, []*http.Request) error { return http.ErrUseLastResponse }}}, nil
 }
 
-// path is the request of the report's VCEK (AMD 57230): numbers have two digits.
-func kdsPath(r *snp.Report) (string, error) {
-	product, err := r.Product()
-	if err != nil {
-		return "", err
-	}
-	if r.ChipID == [64]byte{} {
-		return "", errors.New("no VCEK in the evidence, and the host masks the chip id by which to ask for it")
-	}
-	id, fmc, t := r.ChipID[:], "", r.ReportedTCB
-	if t.FMC != nil {
-		id, fmc = id[:8], fmt.Sprintf("fmcSPL=%02d&", *t.FMC)
-	}
-	return fmt.Sprintf("/vcek/v1/%s/%s?%sblSPL=%02d&teeSPL=%02d&snpSPL=%02d&ucodeSPL=%02d",
-		product, hex.EncodeToString(id), fmc, t.Bootloader, t.TEE, t.SNP, t.Microcode), nil
-}
-
 // vcek fetches the VCEK of the report's chip and TCB, in DER.
 func (k *kds) vcek(ctx context.Context, r *snp.Report) ([]byte, error) {
-	path, err := kdsPath(r)
+	path, err := r.VCEKPath()
 	if err != nil {
-		return nil, err
+		return nil, fmt.Errorf("no VCEK in the evidence: %w", err)
 	}
 	select {
 	case k.slots <- struct{}{}:

@@ -74,7 +74,7 @@ func (h *hook) run(ctx context.Context) error {
 	cmd.Stdout, cmd.Stderr = &out, &out
 	if err := cmd.Run(); err != nil {
 		if ctx.Err() != nil {
-			err = fmt.Errorf("%w: %w", ctx.Err(), err)
+			err = fmt.Errorf("%w: %w; programs that it started may still run and upload: once they have ended, `hostbuild policy apply` uploads the master copy as it stands", ctx.Err(), err)
 		}
 		text := strings.TrimSpace(out.String())
 		if len(text) > hookText {

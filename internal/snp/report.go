@@ -206,6 +206,25 @@ func (r *Report) Product() (string, error) {
 	return "", fmt.Errorf("%w: CPU family %#x model %#x", ErrUnknownProduct, f, m)
 }
 
+// VCEKPath is the path and query by which AMD's key distribution service, or a
+// mirror of it, has the VCEK of the report's chip and TCB (57230): numbers have
+// two digits at least, and Turin's chip ids 8 bytes.
+func (r *Report) VCEKPath() (string, error) {
+	product, err := r.Product()
+	if err != nil {
+		return "", err
+	}
+	if r.ChipID == [64]byte{} {
+		return "", errors.New("the host masks the chip id by which to ask for a VCEK")
+	}
+	id, fmc, t := r.ChipID[:], "", r.ReportedTCB
+	if t.FMC != nil {
+		id, fmc = id[:8], fmt.Sprintf("fmcSPL=%02d&", *t.FMC)
+	}
+	return fmt.Sprintf("/vcek/v1/%s/%x?%sblSPL=%02d&teeSPL=%02d&snpSPL=%02d&ucodeSPL=%02d",
+		product, id, fmc, t.Bootloader, t.TEE, t.SNP, t.Microcode), nil
+}
+
 // mover reads fields from a report or writes them to it, so that the layout
 // stands in one place.
 type mover struct {

@@ -128,6 +128,27 @@ func TestProduct(t *testing.T) {
 	}
 }
 
+func TestVCEKPath(t *testing.T) {
+	one := uint8(1)
+	var id [64]byte
+	id[0], id[63] = 0xab, 0xcd
+	long, short := "ab"+strings.Repeat("00", 62)+"cd", "ab"+strings.Repeat("00", 7)
+	for want, r := range map[string]Report{
+		"/vcek/v1/Genoa/" + long + "?blSPL=10&teeSPL=00&snpSPL=23&ucodeSPL=84":            {CPUFamily: 0x19, CPUModel: 0x11, ReportedTCB: TCB{Bootloader: 10, SNP: 23, Microcode: 84}},
+		"/vcek/v1/Milan/" + long + "?blSPL=04&teeSPL=00&snpSPL=24&ucodeSPL=219":           {CPUFamily: 0x19, CPUModel: 0x01, ReportedTCB: TCB{Bootloader: 4, SNP: 24, Microcode: 219}},
+		"/vcek/v1/Turin/" + short + "?fmcSPL=01&blSPL=01&teeSPL=01&snpSPL=04&ucodeSPL=71": {CPUFamily: 0x1a, ReportedTCB: TCB{FMC: &one, Bootloader: 1, TEE: 1, SNP: 4, Microcode: 71}},
+	} {
+		r.Version, r.ChipID = MaxVersion, id
+		if got, err := r.VCEKPath(); got != want || err != nil {
+			t.Errorf("%s, %v, want %s", got, err, want)
+		}
+		r.ChipID = [64]byte{}
+		if got, err := r.VCEKPath(); err == nil || !strings.Contains(err.Error(), "masks the chip id") {
+			t.Errorf("masked chip id: %s, %v", got, err)
+		}
+	}
+}
+
 func TestTCBOrder(t *testing.T) {
 	min := TCB{Bootloader: 10, SNP: 23, Microcode: 84}
 	for _, tc := range []struct {
