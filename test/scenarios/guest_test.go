@@ -601,7 +601,7 @@ func TestGuestPaused(t *testing.T) {
 	l := setupKBS(t)
 	g := bootLong(t, l.probeBundle(t, "cc_attestation:\n  check_frequency: 3600\n  max_staleness: 7200\n", "tick"))
 	g.expect(`workload: probe: tick ok 1 `)
-	pid := hostProcess(t, g.b, "/qemu-system-x86_64")
+	pid := hostProcess(t, g.b, "qemu-system-x86_64")
 	if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
@@ -616,7 +616,7 @@ func TestGuestPaused(t *testing.T) {
 // killSimplatform ends the simulated platform of a bundle that runs.
 func killSimplatform(t *testing.T, b *harness.Bundle) {
 	t.Helper()
-	if err := syscall.Kill(hostProcess(t, b, "/simplatform"), syscall.SIGKILL); err != nil {
+	if err := syscall.Kill(hostProcess(t, b, "simplatform"), syscall.SIGKILL); err != nil {
 		t.Fatal(err)
 	}
 }
@@ -634,7 +634,7 @@ func hostProcess(t *testing.T, b *harness.Bundle, program string) (pid int) {
 			continue
 		}
 		cmdline, err := os.ReadFile(filepath.Join(filepath.Dir(cwd), "cmdline"))
-		if err != nil || !strings.HasSuffix(strings.Split(string(cmdline), "\x00")[0], program) {
+		if err != nil || filepath.Base(strings.Split(string(cmdline), "\x00")[0]) != program {
 			continue
 		}
 		pid, err := strconv.Atoi(filepath.Base(filepath.Dir(cwd)))
