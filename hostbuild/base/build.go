@@ -18,6 +18,7 @@ import (
 	"coffer/initramfs"
 	"coffer/internal/guestconfig"
 	"coffer/internal/measure"
+	"coffer/internal/strict"
 )
 
 // Roles of packages, in the order in which manifest and lock name them.
@@ -473,12 +474,12 @@ func (f *fetcher) fetch(ctx context.Context, role string, want images.Package) (
 }
 
 func readLock(name string) (map[string]Package, error) {
-	data, err := readSmall(name)
+	data, err := strict.ReadFile(name, maxManifest)
 	if err != nil {
 		return nil, fmt.Errorf("read lock: %w", err)
 	}
 	var l lock
-	if err := decode(data, &l); err != nil {
+	if err := strict.JSON(data, &l); err != nil {
 		return nil, fmt.Errorf("read lock %s: %w", name, err)
 	}
 	if l.Version != manifestVersion {

@@ -14,7 +14,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net/netip"
 	"net/url"
 	"path"
@@ -23,6 +22,7 @@ import (
 	"slices"
 	"strings"
 
+	"coffer/internal/strict"
 	"coffer/internal/treedigest"
 )
 
@@ -283,13 +283,8 @@ func decodeStrict(data []byte, v any) error {
 	if err := noDuplicates(json.NewDecoder(bytes.NewReader(data)), 0); err != nil {
 		return fmt.Errorf("%w: %w", ErrInvalid, err)
 	}
-	d := json.NewDecoder(bytes.NewReader(data))
-	d.DisallowUnknownFields()
-	if err := d.Decode(v); err != nil {
+	if err := strict.JSON(data, v); err != nil {
 		return fmt.Errorf("%w: %w", ErrInvalid, err)
-	}
-	if _, err := d.Token(); err != io.EOF {
-		return fmt.Errorf("%w: data after the document", ErrInvalid)
 	}
 	return nil
 }

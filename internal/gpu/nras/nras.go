@@ -21,7 +21,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"math/big"
 	"net/http"
 	"strconv"
@@ -30,6 +29,7 @@ import (
 	"time"
 
 	"coffer/internal/gpu"
+	"coffer/internal/strict"
 )
 
 // URL is NVIDIA's service.
@@ -322,13 +322,10 @@ func (c *Client) do(ctx context.Context, method, path string, body []byte) ([]by
 		return nil, fail(CodeUnreachable, "%w", err)
 	}
 	defer resp.Body.Close()
-	answer, err := io.ReadAll(io.LimitReader(resp.Body, MaxSize+1))
-	if err == nil && len(answer) > MaxSize {
-		err = fmt.Errorf("%s: more than %d bytes", path, MaxSize)
-	}
+	answer, err := strict.ReadAll(resp.Body, MaxSize)
 	switch status := resp.StatusCode; {
 	case err != nil:
-		return nil, fail(CodeUnreachable, "%w", err)
+		return nil, fail(CodeUnreachable, "%s: %w", path, err)
 	case status == http.StatusOK:
 		return answer, nil
 	case status >= 500 || status == http.StatusTooManyRequests || status == http.StatusUnauthorized || status == http.StatusForbidden || body == nil:

@@ -22,6 +22,8 @@ import (
 	"net/http"
 	"slices"
 	"time"
+
+	"coffer/internal/strict"
 )
 
 // URL is NVIDIA's responder. Certificates name the same host by http.
@@ -125,11 +127,7 @@ func (c *Client) ask(ctx context.Context, q *question) ([]byte, error) {
 	if resp.StatusCode != http.StatusOK {
 		return nil, fmt.Errorf("it answered %s", resp.Status)
 	}
-	raw, err := io.ReadAll(io.LimitReader(resp.Body, MaxSize+1))
-	if err == nil && len(raw) > MaxSize {
-		err = fmt.Errorf("it answered with more than %d bytes", MaxSize)
-	}
-	return raw, err
+	return strict.ReadAll(resp.Body, MaxSize)
 }
 
 var (
