@@ -173,11 +173,6 @@ func (d *Doc) Err() error { return errors.Join(d.errs...) }
 // Warnings returns what is odd but tolerable.
 func (d *Doc) Warnings() []string { return d.warnings }
 
-// Warnf adds a warning of the caller's.
-func (d *Doc) Warnf(format string, a ...any) {
-	d.warnings = append(d.warnings, d.file+": "+fmt.Sprintf(format, a...))
-}
-
 // value finds a key. null counts as absent.
 func (m *Map) value(key string) *yaml.Node {
 	m.used = append(m.used, key)

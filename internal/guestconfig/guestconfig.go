@@ -362,9 +362,9 @@ func (c *Config) NFS() bool {
 
 const (
 	maxResources = 64
-	// MaxVCEKs and MaxVCEK bound VCEKs, and one of them in bytes.
+	// MaxVCEKs and maxVCEK bound VCEKs, and one of them in bytes.
 	MaxVCEKs = 64
-	MaxVCEK  = 4 << 10
+	maxVCEK  = 4 << 10
 )
 
 // faults are what is wrong with a profile.
@@ -496,7 +496,7 @@ func (c *Config) Validate() error {
 	check(len(c.VCEKs) <= MaxVCEKs, "vceks: %d, at most %d", len(c.VCEKs), MaxVCEKs)
 	for i, der := range c.VCEKs {
 		_, err := x509.ParseCertificate(der)
-		check(err == nil && len(der) <= MaxVCEK, "vceks[%d] is no certificate of at most %d bytes", i, MaxVCEK)
+		check(err == nil && len(der) <= maxVCEK, "vceks[%d] is no certificate of at most %d bytes", i, maxVCEK)
 	}
 	check(len(c.API.Resources) <= maxResources, "api.resources: %d, at most %d", len(c.API.Resources), maxResources)
 	for _, r := range c.API.Resources {

@@ -35,8 +35,8 @@ import (
 // URL is NVIDIA's service.
 const URL = "https://nras.attestation.nvidia.com"
 
-// MaxSize is the longest answer that is read.
-const MaxSize = 1 << 20
+// maxSize is the longest answer that is read.
+const maxSize = 1 << 20
 
 // leeway is how far the service's clock may differ from ours.
 const leeway = 2 * time.Minute
@@ -322,7 +322,7 @@ func (c *Client) do(ctx context.Context, method, path string, body []byte) ([]by
 		return nil, fail(CodeUnreachable, "%w", err)
 	}
 	defer resp.Body.Close()
-	answer, err := strict.ReadAll(resp.Body, MaxSize)
+	answer, err := strict.ReadAll(resp.Body, maxSize)
 	switch status := resp.StatusCode; {
 	case err != nil:
 		return nil, fail(CodeUnreachable, "%s: %w", path, err)

@@ -13,7 +13,7 @@ type Dir string
 
 // Get implements Store.
 func (d Dir) Get(key string) ([]byte, bool) {
-	b, err := strict.ReadFile(d.path(key), MaxSize)
+	b, err := strict.ReadFile(d.path(key), maxSize)
 	return b, err == nil
 }
 

@@ -29,8 +29,8 @@ import (
 // URL is NVIDIA's responder. Certificates name the same host by http.
 const URL = "https://ocsp.ndis.nvidia.com"
 
-// MaxSize is the longest answer that is read.
-const MaxSize = 64 << 10
+// maxSize is the longest answer that is read.
+const maxSize = 64 << 10
 
 // skew is how far the responder's clock may be ahead of ours.
 const skew = 5 * time.Minute
@@ -127,7 +127,7 @@ func (c *Client) ask(ctx context.Context, q *question) ([]byte, error) {
 	if resp.StatusCode != http.StatusOK {
 		return nil, fmt.Errorf("it answered %s", resp.Status)
 	}
-	return strict.ReadAll(resp.Body, MaxSize)
+	return strict.ReadAll(resp.Body, maxSize)
 }
 
 var (

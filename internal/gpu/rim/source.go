@@ -108,7 +108,7 @@ func FileID(name string) (id string, ok bool) {
 }
 
 // maxAnswer bounds a file, and a service's answer that holds one.
-const maxAnswer = 2 * MaxSize
+const maxAnswer = 2 * maxSize
 
 // ReadFile reads a RIM's file.
 func ReadFile(name string) (File, error) {
