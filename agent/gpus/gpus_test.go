@@ -131,6 +131,14 @@ func TestFailures(t *testing.T) {
 			further.Measurements = d.Devices[0].Measurements
 			d.Devices = append(d.Devices, further)
 		}},
+		{"a further GPU in another mode", "device-mixed", 0, "pass negative", func(g *guest, d *gpusim.Driver) {
+			further := g.world.NewDevice(gpu.Hopper)
+			further.Measurements, further.Mode = d.Devices[0].Measurements, 1
+			d.Devices = append(d.Devices, further)
+		}},
+		{"a further GPU that is not started", "device-not-started", 0, "", func(g *guest, d *gpusim.Driver) {
+			d.Devices, d.Absent[1] = append(d.Devices, g.world.NewDevice(gpu.Hopper)), 999
+		}},
 		{"another GPU in its place", "device-changed", 0, "negative", func(g *guest, d *gpusim.Driver) {
 			other := g.world.NewDevice(gpu.Hopper)
 			other.Measurements = d.Devices[0].Measurements
