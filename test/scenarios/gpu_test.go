@@ -344,6 +344,9 @@ func (l *gpuLine) vault(t *testing.T, b *harness.Bundle) {
 	g.expect(`coffer: the guest's own ports out=kbs:\S+,dns:[0-9.]+:53/udp\+tcp,dhcp:67/udp(?: |$)`) // and nobody else
 	g.expect(`certificate of this chip from="host"`)                                                 // the bundle's, in the host's place
 	g.expect(`gpu: 1 attested`)
+	if n := driver.Calls('P'); n != 1 {
+		t.Errorf("the GPU was initialised for good %d times", n)
+	}
 	g.expect(`gpu: /vault is open`)
 	g.expect(`gpu: ready`)
 	g.expect(`attestation round=1 verdict=pass`)
