@@ -7,7 +7,7 @@ import (
 
 	"github.com/open-policy-agent/opa/v1/ast"
 
-	"coffer/internal/regotext"
+	"coffer/internal/failopen"
 )
 
 // Level says how bad a finding is.
@@ -33,10 +33,10 @@ func (f Finding) String() string {
 	return fmt.Sprintf("line %d: %s: %s", f.Line, f.Level, f.Message)
 }
 
-// FailOpen is regotext.FailOpen as findings.
+// FailOpen is what failopen.Lines finds, as errors.
 func FailOpen(text []byte) []Finding {
 	var out []Finding
-	for _, line := range regotext.FailOpen(text) {
+	for _, line := range failopen.Lines(text) {
 		out = append(out, Finding{Line: line, Level: Error, Message: "`if` without `import rego.v1` above it: " +
 			"Trustee before v0.17 releases every resource to everyone under this policy; put `import rego.v1` below the package line"})
 	}

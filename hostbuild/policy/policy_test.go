@@ -484,7 +484,7 @@ func TestFolderRefuses(t *testing.T) {
 		{"line in the block", strings.Replace(ours, pathsVar, "allow := true\n"+pathsVar, 1), "is not what hostbuild wrote"},
 		{"windows line ends", strings.ReplaceAll(ours, "\n", "\r\n"), "damaged"},
 		{"cut", ours[:len(ours)-1], "no newline"},
-		{"too large", ours + strings.Repeat("#", maxSize), "larger than"},
+		{"too large", ours + strings.Repeat("#", maxSize), "too large"},
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {

@@ -3,7 +3,7 @@ package cli
 import (
 	"fmt"
 
-	"coffer/internal/regotext"
+	"coffer/internal/failopen"
 )
 
 // builtinPolicies are what set-resource-policy has flags for. They load and mean
@@ -46,8 +46,8 @@ allow if {
 `},
 }
 
-func (t *tool) warnOfPolicy(text []byte) {
-	if len(regotext.FailOpen(text)) > 0 {
+func (t *tool) warnOfPolicy(rego []byte) {
+	if len(failopen.Lines(rego)) > 0 {
 		fmt.Fprintln(t.stderr, "warning: the policy has `if` and no `import rego.v1`: "+
 			"a KBS of July 2025 ignores every condition in it and allows everything to everyone")
 	}

@@ -1,4 +1,4 @@
-package regotext
+package failopen
 
 import (
 	"slices"
@@ -7,7 +7,7 @@ import (
 	"github.com/open-policy-agent/opa/v1/ast"
 )
 
-func TestFailOpen(t *testing.T) {
+func TestLines(t *testing.T) {
 	const p = "package policy\n"
 	tests := []struct {
 		name, text string
@@ -24,7 +24,6 @@ func TestFailOpen(t *testing.T) {
 		{"import below", p + "allow if { false }\nimport rego.v1", []int{2}},
 		{"import with alias", p + "import rego.v1 as x\nallow if { false }", []int{3}},
 		{"import behind something", p + "x := 1; import rego.v1\nallow if { false }", []int{3}},
-		{"import indented, with a comment", p + "\timport rego.v1 # new\nallow if{ false }", nil},
 		{"longer name", p + "import rego.v10\nallow if { false }", []int{3}},
 		{"if in comment and strings", p + "# if\nx := \"if\"\ny := `if`\nz := \"\\\" if\"", nil},
 		{"if in a name", p + "iffy := 1\nx_if := 2\nz := input.if", nil},
@@ -35,20 +34,20 @@ func TestFailOpen(t *testing.T) {
 	}
 	for _, tt := range tests {
 		t.Run(tt.name, func(t *testing.T) {
-			if lines := FailOpen([]byte(tt.text)); !slices.Equal(lines, tt.lines) {
+			if lines := Lines([]byte(tt.text)); !slices.Equal(lines, tt.lines) {
 				t.Errorf("lines %v, want %v", lines, tt.lines)
 			}
 		})
 	}
 }
 
-func FuzzFailOpen(f *testing.F) {
+func FuzzLines(f *testing.F) {
 	f.Add([]byte("package policy\nallow if { false }"))
 	f.Add([]byte("package policy\nimport rego.v1\nx := `\n\"`\nallow if { \"\\\"\" }"))
 	f.Fuzz(func(t *testing.T, b []byte) {
 		// Where the scanner is content with an `if`, a parser must see the import.
 		mod, err := ast.ParseModuleWithOpts("p", string(b), ast.ParserOptions{RegoVersion: ast.RegoV1})
-		if err != nil || len(FailOpen(b)) != 0 {
+		if err != nil || len(Lines(b)) != 0 {
 			return
 		}
 		toks := scan(b)

@@ -1,26 +1,25 @@
-// Package regotext finds in a policy's text what an old KBS reads otherwise than it is
-// meant. It needs no parser of Rego, and knows nothing else of the language.
-package regotext
+// Package failopen finds what Trustee before v0.17 misreads in a policy. It parses
+// `allow if { ... }` without an import as the fact `allow` and a rule `if`: it
+// releases every resource to everyone, and neither its answer to the upload nor an
+// evaluation with OPA shows it. The package works on the text, because parsers
+// disagree just here.
+package failopen
 
 import "strings"
 
-// FailOpen returns the line, from 1, of each `if` that no import before it makes a
-// keyword. Trustee before v0.17 reads `allow if { ... }` in such a text as the fact
-// `allow` and a rule `if`: it releases every resource to everyone, and neither its
-// answer to the upload nor an evaluation with OPA shows it. The check works on the
-// text, because parsers disagree just here.
-func FailOpen(text []byte) []int {
+// Lines returns the line, from 1, of each `if` that no import above it makes a
+// keyword.
+func Lines(policy []byte) []int {
 	var out []int
 	imported := false
-	toks := scan(text)
+	toks := scan(policy)
 	for i, t := range toks {
 		if imports(toks, i) {
 			imported = true
 		}
-		if t.s != "if" || imported || prev(toks, i) == "." {
-			continue
+		if t.s == "if" && !imported && prev(toks, i) != "." {
+			out = append(out, t.line)
 		}
-		out = append(out, t.line)
 	}
 	return out
 }
