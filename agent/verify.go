@@ -105,7 +105,7 @@ var errPlatform = errors.New("no evidence")
 type attester struct {
 	evidence.Source
 	gpus  *gpus.Guard // nil: there are none
-	found *gpus.Found // gets what was found of them; nil: nobody asks
+	found *gpus.Found // gets what was found of them; nil: it is for the workload
 }
 
 func (a attester) Evidence(ctx context.Context, digest [48]byte) (json.RawMessage, error) {
