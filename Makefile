@@ -18,6 +18,8 @@ CGO_BUILD := GOFLAGS= GOOS=linux GOARCH=amd64 GOAMD64=v1 $(GO) build -trimpath -
 BUILD := CGO_ENABLED=0 $(CGO_BUILD)
 VERSION := 0.1.0
 LDFLAGS := -s -w -buildid= -X main.version=$(VERSION)
+# Without it, whatever speaks gRPC holds a page of its requests for a browser, and what draws it.
+TAGS := grpcnotrace
 MAINS := $(addprefix bin/,hostbuild init agent snpguest kbs-client simplatform demo bench manuals)
 GUEST := $(addprefix bin/,containerd containerd-shim-runc-v2 runc)
 BASES := build/base/snp/base.json build/base/simulated/base.json
@@ -32,10 +34,10 @@ PREFIX ?= /usr/local
 all: $(MAINS) $(GUEST) bin/init-simulated bin/agent-simulated bin/snpguest-simulated bin/cvm_build bin/demo-workload bin/bench-idle bin/gpu-helper
 
 $(MAINS) &: $(SOURCES)
-	$(BUILD) -ldflags "$(LDFLAGS)" -o bin/ ./cmd/hostbuild ./cmd/init ./cmd/agent ./cmd/snpguest ./cmd/kbs-client ./cmd/manuals ./test/simplatform ./test/demo ./test/bench
+	$(BUILD) -tags $(TAGS) -ldflags "$(LDFLAGS)" -o bin/ ./cmd/hostbuild ./cmd/init ./cmd/agent ./cmd/snpguest ./cmd/kbs-client ./cmd/manuals ./test/simplatform ./test/demo ./test/bench
 	@touch $(MAINS)
 bin/%-simulated: $(SOURCES)
-	$(BUILD) -tags simulated -ldflags "$(LDFLAGS)" -o $@ ./cmd/$*
+	$(BUILD) -tags simulated,$(TAGS) -ldflags "$(LDFLAGS)" -o $@ ./cmd/$*
 bin/demo-workload: test/demo/workload/main.go
 	$(BUILD) -ldflags "$(LDFLAGS)" -o $@ ./$(<D)
 bin/bench-idle: test/bench/idle/main.go
@@ -43,7 +45,7 @@ bin/bench-idle: test/bench/idle/main.go
 bin/cvm_build: bin/hostbuild # the name that NVFlare's guide uses
 	ln -sf hostbuild $@
 bin/containerd: go.mod go.sum $(wildcard cmd/containerd/*.go)
-	$(BUILD) -ldflags "$(LDFLAGS)" -o $@ ./cmd/containerd
+	$(BUILD) -tags $(TAGS) -ldflags "$(LDFLAGS)" -o $@ ./cmd/containerd
 bin/containerd-shim-runc-v2: bin/containerd # it looks at the name it is called by
 	ln -f $< $@
 bin/runc: go.mod go.sum | deps # C inside: static, with libseccomp

@@ -2,6 +2,8 @@ package main
 
 import (
 	"context"
+	"os"
+	"runtime"
 
 	"github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2/manager"
 	"github.com/containerd/containerd/v2/cmd/containerd-shim-runc-v2/task"
@@ -19,6 +21,8 @@ const shimName = "containerd-shim-runc-v2"
 // runShim is upstream's cmd/containerd-shim-runc-v2. A shim starts all plugins
 // that it finds, so the daemon's have to go.
 func runShim() {
+	runtime.GOMAXPROCS(1)        // upstream takes 4
+	os.Setenv("GOMAXPROCS", "1") // for runc
 	registry.Reset()
 	registry.Register(&plugin.Registration{
 		Type:     plugins.TTRPCPlugin,
