@@ -573,11 +573,70 @@ func TestGuestKBSOutage(t *testing.T) {
 	g.expect(`attestation action=start_job`)
 	g.expect(`workload: probe: alive ok`)
 
+	// A refusal is acted on at once, and is as little for good.
+	l.policyRemove(t, b.ID)
+	g.expect(`attestation action=stop_job reason="round \d+ was negative: `)
+	g.expect(`workload exited code=137 signal=9`)
+	l.policyAdd(t, b.Dir)
+	g.expect(`attestation action=start_job reason="a round passed"`)
+	g.expect(`workload: probe: alive ok`)
+
 	// A chip that does not answer any more carries the workload no longer than a
 	// KBS that does not.
 	killSimplatform(t, b)
 	g.expect(`attestation action=stop_job`)
 	g.expect(`workload exited code=137 signal=9`)
+}
+
+// A rule that is removed ends a guest whose failure_action is shutdown; one whose
+// failure_action is log goes on, and tells each round.
+func TestGuestFailureAction(t *testing.T) {
+	l := setupKBS(t)
+	begin := func(action string) *guest {
+		return bootLong(t, l.probeBundle(t, "cc_attestation:\n  check_frequency: 2\n  failure_action: "+action+"\n", "tick"), "--stop-timeout", "90")
+	}
+	ends, goesOn := begin("shutdown"), begin("log")
+	for _, g := range []*guest{ends, goesOn} {
+		g.expect(`workload: probe: tick ok 1 `)
+	}
+	for _, g := range []*guest{ends, goesOn} {
+		l.policyRemove(t, g.b.ID)
+	}
+
+	ends.expect(`attestation round=\d+ verdict=negative.*code=E_KBS_DENIED`)
+	ends.expect(`attestation action=stop_job reason="round \d+ was negative: `)
+	ends.expect(`workload exited code=137 signal=9`)
+	ends.off()
+	_, after, _ := strings.Cut(ends.failed("run", "E_ATTESTATION", " was negative: "), "attestation action=stop_job")
+	if strings.Contains(after, "workload: probe: tick") {
+		t.Errorf("the workload ran on:\n%s", after)
+	}
+
+	goesOn.expect(`attestation action=log reason="round \d+ was negative: `)
+	for range 2 {
+		goesOn.expect(`workload: probe: tick ok \d+ `)
+		goesOn.expect(`attestation round=\d+ verdict=negative.*code=E_KBS_DENIED`)
+	}
+	l.policyAdd(t, goesOn.b.Dir)
+	goesOn.expect(`attestation round=\d+ verdict=pass`)
+	goesOn.expect(`workload: probe: tick ok \d+ `)
+	goesOn.Stop()
+	goesOn.expect(`coffer: power off reason="power button"`)
+	goesOn.off()
+	text := goesOn.Console.Text()
+	if n := strings.Count(text, "attestation action="); n != 1 {
+		t.Errorf("the outage is told %d times besides its rounds", n)
+	}
+	var told []round
+	for _, m := range regexp.MustCompile(`attestation round=\d+ verdict=(\w+) reason="[^"]*"(?: code=(\w+))?`).FindAllStringSubmatch(text, -1) {
+		told = append(told, round{m[1], m[2]})
+	}
+	if logged := l.rounds(t, goesOn.b); !slices.Equal(logged, told) {
+		t.Errorf("rounds in applog: %v, on the console: %v", logged, told)
+	}
+	if t.Failed() {
+		t.Log(text)
+	}
 }
 
 // A KBS that refuses connections for longer than max_staleness ends the guest: that
