@@ -192,9 +192,9 @@ func freePorts(t *testing.T, n int) []int {
 	return ports
 }
 
-// answers reports whether an echo comes back from a host port that QEMU forwards.
-func answers(network string, port int) bool {
-	c, err := net.DialTimeout(network, fmt.Sprintf("127.0.0.1:%d", port), 5*time.Second)
+// answers reports whether an echo comes back from an address.
+func answers(network, addr string) bool {
+	c, err := net.DialTimeout(network, addr, 5*time.Second)
 	if err != nil {
 		return false
 	}
@@ -247,14 +247,14 @@ func TestGuestConfinement(t *testing.T) {
 		port    int
 		want    bool
 	}{{"tcp", in[0], true}, {"udp", in[1], true}, {"tcp", in[2], false}, {"udp", in[3], false}} {
-		if got := answers(c.network, c.port); got != c.want {
+		if got := answers(c.network, fmt.Sprintf("127.0.0.1:%d", c.port)); got != c.want {
 			t.Errorf("%s port %d of the host is answered by the guest: %v, want %v", c.network, slices.Index(in, c.port), got, c.want)
 		}
 	}
 	g.expect(`workload: probe: done ok`)
 
 	status := probed(g)
-	for _, name := range []string{"tcp-out-allowed", "udp-out-allowed", "loopback"} {
+	for _, name := range []string{"tcp-out-allowed", "udp-out-allowed", "tcp6-out-allowed", "udp6-out-allowed", "loopback"} {
 		if status[name] != "ok" {
 			t.Errorf("%s: %q", name, status[name])
 		}
@@ -302,7 +302,9 @@ func TestGuestConfinement(t *testing.T) {
 	}
 }
 
-// Boots that a host's doing must end, each with its own code.
+// Boots that a host's doing must end, each with its own code. The clock is among
+// them, and not among what a host does to a running guest: the kernel reads the
+// host's clock once, at its start.
 func TestGuestRefusesTheHost(t *testing.T) {
 	l := setupKBS(t)
 	b := l.probeBundle(t, "", "tick")
@@ -516,6 +518,7 @@ func (p *throttle) trickle(on bool) {
 // outage: the KBS is away for less than max_staleness, trickles, and is away for
 // longer, while the workload fills /applog and floods its log.
 func TestGuestKBSOutage(t *testing.T) {
+	t.Parallel()
 	l := setupKBS(t)
 	// The guest asks the throttle, on the port that its settings name.
 	p := newThrottle(t, l.kbs.Listen)
@@ -591,6 +594,7 @@ func TestGuestKBSOutage(t *testing.T) {
 // A rule that is removed ends a guest whose failure_action is shutdown; one whose
 // failure_action is log goes on, and tells each round.
 func TestGuestFailureAction(t *testing.T) {
+	t.Parallel()
 	l := setupKBS(t)
 	begin := func(action string) *guest {
 		return bootLong(t, l.probeBundle(t, "cc_attestation:\n  check_frequency: 2\n  failure_action: "+action+"\n", "tick"), "--stop-timeout", "90")
