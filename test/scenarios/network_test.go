@@ -54,6 +54,7 @@ func up(t *testing.T, name string) netlink.Link {
 	return link
 }
 
+// newLAN makes one in a namespace of its own; the host is 10.0.2.2 there.
 func newLAN(t *testing.T) *lan {
 	t.Helper()
 	ns := ownNamespace(t)
