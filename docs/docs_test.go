@@ -609,3 +609,53 @@ func TestNamedPagesAreThere(t *testing.T) {
 		}
 	}
 }
+
+var (
+	aCommand = regexp.MustCompile("(?m)(?:^|`|&& )(?:    )?(?:bin/)?(hostbuild|make) ([^`\n|&]*)")
+	noOption = regexp.MustCompile(` # .*|\$\([^)]*\)|"[^"]*"`)
+	anOption = regexp.MustCompile(`(?:^|[ \[])--([a-z-]+)`)
+	aTarget  = regexp.MustCompile(`(?m)^([a-z][a-z0-9 -]*):`)
+)
+
+// TestCommandsInPages: what people are told to type is a command of hostbuild with
+// options that it has, or a target of the Makefile.
+func TestCommandsInPages(t *testing.T) {
+	targets := map[string]bool{}
+	for _, m := range aTarget.FindAllStringSubmatch(read(t, "../Makefile"), -1) {
+		for _, name := range strings.Fields(m[1]) {
+			targets[name] = true
+		}
+	}
+	seen := 0
+	for _, page := range pages(t) {
+		if page == "commands.md" { // is made from the commands
+			continue
+		}
+		for _, m := range aCommand.FindAllStringSubmatch(read(t, page), -1) {
+			line := noOption.ReplaceAllString(m[2], "")
+			words := strings.Fields(line)
+			seen++
+			if m[1] == "make" {
+				for _, w := range words {
+					if !strings.ContainsAny(w, "=/") && !targets[w] {
+						t.Errorf("%s: make %s: the Makefile has no target %s", page, line, w)
+					}
+				}
+				continue
+			}
+			cmd, _, err := (&cli.App{}).Command().Find(words)
+			if err != nil {
+				t.Errorf("%s: hostbuild %s: %v", page, line, err)
+				continue
+			}
+			for _, o := range anOption.FindAllStringSubmatch(line, -1) {
+				if cmd.Flag(o[1]) == nil && o[1] != "help" && o[1] != "version" {
+					t.Errorf("%s: hostbuild %s: %s has no option --%s", page, line, cmd.CommandPath(), o[1])
+				}
+			}
+		}
+	}
+	if seen < 50 {
+		t.Errorf("%d commands seen: this test looks for the wrong thing", seen)
+	}
+}

@@ -28,6 +28,7 @@ import (
 
 	"coffer/internal/snp"
 	"coffer/internal/snp/verify"
+	"coffer/internal/strict"
 )
 
 // ErrUnknown means that no source has the certificate.
@@ -290,11 +291,7 @@ func (s *Store) get(ctx context.Context, path string, limit int64) ([]byte, erro
 	if resp.StatusCode != http.StatusOK {
 		return nil, fmt.Errorf("status %d", resp.StatusCode)
 	}
-	b, err := io.ReadAll(io.LimitReader(resp.Body, limit+1))
-	if err == nil && int64(len(b)) > limit {
-		err = fmt.Errorf("more than %d bytes", limit)
-	}
-	return b, err
+	return strict.ReadAll(resp.Body, limit)
 }
 
 // CRL is the revocation list of a product, as DER, signed by its ARK.

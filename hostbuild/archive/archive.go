@@ -41,11 +41,11 @@ var (
 
 // Limits of an archive.
 const (
-	MaxFiles     = 1 << 16  // entries of the outer tar
-	MaxName      = 4096     // bytes of such an entry's name
-	MaxDocument  = 4 << 20  // bytes of one JSON document
-	MaxDocuments = 32 << 20 // bytes of all of them
-	MaxLayers    = 1 << 10  // layers that the archive holds
+	maxFiles     = 1 << 16  // entries of the outer tar
+	maxName      = 4096     // bytes of such an entry's name
+	maxDocument  = 4 << 20  // bytes of one JSON document
+	maxDocuments = 32 << 20 // bytes of all of them
+	maxLayers    = 1 << 10  // layers that the archive holds
 )
 
 // Image describes the chosen image.
@@ -189,13 +189,13 @@ func (s *scan) outer(r io.Reader) error {
 		if err != nil && !errors.Is(err, tar.ErrInsecurePath) { // no path is used
 			return tarError(err)
 		}
-		if n == MaxFiles {
-			return fmt.Errorf("%w: more than %d files", ErrLimit, MaxFiles)
+		if n == maxFiles {
+			return fmt.Errorf("%w: more than %d files", ErrLimit, maxFiles)
 		}
 		if h.Typeflag != tar.TypeReg {
 			continue
 		}
-		if len(h.Name) > MaxName {
+		if len(h.Name) > maxName {
 			return fmt.Errorf("%w: a file name of %d bytes", ErrLimit, len(h.Name))
 		}
 		f, err := s.read(tr, h.Size)
@@ -224,7 +224,7 @@ func (s *scan) read(r io.Reader, size int64) (file, error) {
 	kind := kindOf(head)
 	switch {
 	case kind == plain && !isTar(head):
-		if size <= MaxDocument && looksLikeJSON(head) {
+		if size <= maxDocument && looksLikeJSON(head) {
 			return s.document(r)
 		}
 		return file{}, nil
@@ -251,8 +251,8 @@ func (s *scan) document(r io.Reader) (file, error) {
 	if err != nil {
 		return file{}, err
 	}
-	if s.docBytes += len(b); s.docBytes > MaxDocuments {
-		return file{}, fmt.Errorf("%w: more than %d bytes of JSON documents", ErrLimit, MaxDocuments)
+	if s.docBytes += len(b); s.docBytes > maxDocuments {
+		return file{}, fmt.Errorf("%w: more than %d bytes of JSON documents", ErrLimit, maxDocuments)
 	}
 	sum := sha256.Sum256(b)
 	digest := hex.EncodeToString(sum[:])
@@ -262,8 +262,8 @@ func (s *scan) document(r io.Reader) (file, error) {
 
 func (s *scan) layer(r io.Reader) (file, error) {
 	index := len(s.stream)
-	if index == MaxLayers {
-		return file{}, fmt.Errorf("%w: more than %d layers", ErrLimit, MaxLayers)
+	if index == maxLayers {
+		return file{}, fmt.Errorf("%w: more than %d layers", ErrLimit, maxLayers)
 	}
 	h := sha256.New()
 	in := &counter{r: io.TeeReader(r, h)}

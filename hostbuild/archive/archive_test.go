@@ -439,7 +439,7 @@ func TestBadArchives(t *testing.T) {
 	zstBroken := zst(whole)
 	zstBroken[len(zstBroken)/2] ^= 0xff
 	var manyFiles []entry
-	for i := range MaxFiles + 1 {
+	for i := range maxFiles + 1 {
 		manyFiles = append(manyFiles, entry{name: fmt.Sprint(i)})
 	}
 	var deep []byte
@@ -488,7 +488,7 @@ func TestBadArchives(t *testing.T) {
 		"a layer twice, swapped":     {makeTar(append(slices.Clone(old), entry{name: fmt.Sprintf("%064x/layer.tar", 4), data: layerTar("evil")})...), ErrDamaged, "two files"},
 		"a layer is a link outwards": {makeTar(append(without(old, "4/layer.tar"), entry{name: fmt.Sprintf("%064x/layer.tar", 4), link: "../../../../etc/passwd"})...), ErrMissing, "4/layer.tar"},
 		"a layer is a device":        {makeTar(append(without(old, "4/layer.tar"), entry{name: fmt.Sprintf("%064x/layer.tar", 4), device: true})...), ErrMissing, "4/layer.tar"},
-		"long name":                  {makeTar(entry{name: "first", data: []byte("{}")}, entry{name: strings.Repeat("x", MaxName+1), data: []byte("{}")}), ErrLimit, "4097"},
+		"long name":                  {makeTar(entry{name: "first", data: []byte("{}")}, entry{name: strings.Repeat("x", maxName+1), data: []byte("{}")}), ErrLimit, "4097"},
 		"many files":                 {makeTar(manyFiles...), ErrLimit, "files"},
 	} {
 		t.Run(name, func(t *testing.T) {
@@ -502,15 +502,15 @@ func TestBadArchives(t *testing.T) {
 
 func TestManyLayersAndDocuments(t *testing.T) {
 	var entries []entry
-	for i := range MaxLayers + 1 {
+	for i := range maxLayers + 1 {
 		entries = append(entries, entry{name: fmt.Sprint(i), data: make([]byte, 1024)})
 	}
 	if _, _, err := read(t, makeTar(entries...), ""); !errors.Is(err, ErrLimit) {
 		t.Errorf("too many layers: %v", err)
 	}
 	entries = nil
-	doc := append([]byte("["), bytes.Repeat([]byte(" "), MaxDocument-1)...)
-	for i := range MaxDocuments/MaxDocument + 1 {
+	doc := append([]byte("["), bytes.Repeat([]byte(" "), maxDocument-1)...)
+	for i := range maxDocuments/maxDocument + 1 {
 		entries = append(entries, entry{name: fmt.Sprint(i), data: doc})
 	}
 	if _, _, err := read(t, makeTar(entries...), ""); !errors.Is(err, ErrLimit) {

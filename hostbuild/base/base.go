@@ -24,7 +24,6 @@
 package base
 
 import (
-	"bytes"
 	"crypto/sha256"
 	"encoding/hex"
 	"encoding/json"
@@ -35,6 +34,8 @@ import (
 	"path/filepath"
 	"regexp"
 	"strings"
+
+	"coffer/internal/strict"
 )
 
 // Platforms a base can be for; the values of guestconfig's Platform.
@@ -149,7 +150,7 @@ type file struct {
 
 // Open reads base.json and checks every file it names.
 func Open(dir string) (*Base, error) {
-	data, err := readSmall(filepath.Join(dir, manifestFile))
+	data, err := strict.ReadFile(filepath.Join(dir, manifestFile), maxManifest)
 	if errors.Is(err, os.ErrNotExist) {
 		return nil, fmt.Errorf("%s: %w: it has no %s; make one with `hostbuild base build`", dir, ErrNotBase, manifestFile)
 	}
@@ -157,7 +158,7 @@ func Open(dir string) (*Base, error) {
 		return nil, fmt.Errorf("open base: %w", err)
 	}
 	var m manifest
-	if err := decode(data, &m); err != nil {
+	if err := strict.JSON(data, &m); err != nil {
 		return nil, fmt.Errorf("%s: %w: %s: %w", dir, ErrNotBase, manifestFile, err)
 	}
 	if m.Version != manifestVersion {
@@ -219,35 +220,9 @@ func Open(dir string) (*Base, error) {
 	return b, nil
 }
 
-// decode reads one JSON document, unknown fields refused.
-func decode(data []byte, v any) error {
-	d := json.NewDecoder(bytes.NewReader(data))
-	d.DisallowUnknownFields()
-	if err := d.Decode(v); err != nil {
-		return err
-	}
-	if _, err := d.Token(); err != io.EOF {
-		return errors.New("data after the document")
-	}
-	return nil
-}
-
 func encode(v any) ([]byte, error) {
 	data, err := json.MarshalIndent(v, "", "  ")
 	return append(data, '\n'), err
-}
-
-func readSmall(name string) ([]byte, error) {
-	f, err := os.Open(name)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	data, err := io.ReadAll(io.LimitReader(f, maxManifest+1))
-	if err == nil && len(data) > maxManifest {
-		err = fmt.Errorf("%s is larger than %d bytes", name, maxManifest)
-	}
-	return data, err
 }
 
 func digest(data []byte) string {

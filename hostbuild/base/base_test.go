@@ -22,6 +22,7 @@ import (
 	"coffer/initramfs"
 	"coffer/initramfs/modules"
 	"coffer/internal/measure"
+	"coffer/internal/strict"
 	"coffer/internal/testenv"
 	"coffer/test/fakebase"
 
@@ -195,7 +196,7 @@ func TestBuild(t *testing.T) {
 		t.Errorf("the ID is not the digest of %s", manifestFile)
 	}
 	var l lock
-	if data, err := os.ReadFile(filepath.Join(b.Dir, lockFile)); err != nil || decode(data, &l) != nil || len(l.Packages) != 3 || l.Packages[0].Suite != "sid" {
+	if data, err := os.ReadFile(filepath.Join(b.Dir, lockFile)); err != nil || strict.JSON(data, &l) != nil || len(l.Packages) != 3 || l.Packages[0].Suite != "sid" {
 		t.Errorf("lock %+v, %v", l, err)
 	}
 	if left, _ := os.ReadDir(filepath.Dir(b.Dir)); len(left) != 1 {

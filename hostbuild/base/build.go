@@ -18,6 +18,7 @@ import (
 	"coffer/initramfs"
 	"coffer/internal/guestconfig"
 	"coffer/internal/measure"
+	"coffer/internal/strict"
 )
 
 // Roles of packages, in the order in which manifest and lock name them.
@@ -40,7 +41,7 @@ type Params struct {
 	Programs map[string]string // name in bin/, such as "agent", to program; agent, snpguest, containerd, containerd-shim-runc-v2 and runc at least
 
 	// OVMF is a firmware file to take in place of the image's package. Where it is
-	// empty and the package cannot be had, InstalledOVMF is taken if it is there.
+	// empty and the package cannot be had, installedOVMF is taken if it is there.
 	OVMF string
 
 	// SimulatedGPU is a folder that makes a simulated base one for made-up GPUs: a
@@ -57,8 +58,8 @@ type Params struct {
 	Log func(format string, args ...any)
 }
 
-// InstalledOVMF is where Debian's package ovmf-amdsev puts the firmware.
-const InstalledOVMF = "/usr/share/ovmf/OVMF.amdsev.fd"
+// installedOVMF is where Debian's package ovmf-amdsev puts the firmware.
+const installedOVMF = "/usr/share/ovmf/OVMF.amdsev.fd"
 
 // lock is base.lock.
 type lock struct {
@@ -382,7 +383,7 @@ func fetch(ctx context.Context, p *Params, image *images.Image) (packages []Pack
 			return nil, nil, err
 		}
 	}
-	return fetchAll(ctx, p, image, f.fetch, InstalledOVMF)
+	return fetchAll(ctx, p, image, f.fetch, installedOVMF)
 }
 
 // fetchAll fetches one package for each role. installed is the firmware to fall
@@ -473,12 +474,12 @@ func (f *fetcher) fetch(ctx context.Context, role string, want images.Package) (
 }
 
 func readLock(name string) (map[string]Package, error) {
-	data, err := readSmall(name)
+	data, err := strict.ReadFile(name, maxManifest)
 	if err != nil {
 		return nil, fmt.Errorf("read lock: %w", err)
 	}
 	var l lock
-	if err := decode(data, &l); err != nil {
+	if err := strict.JSON(data, &l); err != nil {
 		return nil, fmt.Errorf("read lock %s: %w", name, err)
 	}
 	if l.Version != manifestVersion {

@@ -22,6 +22,7 @@ import (
 	"text/template"
 	"time"
 
+	"coffer/hostbuild/policy"
 	"coffer/internal/guestconfig"
 )
 
@@ -59,16 +60,8 @@ type Manifest struct {
 	KDS           string                  `json:"kds_url,omitempty"` // where the agent fetches chips' certificates
 	Network       guestconfig.Network     `json:"network"`
 	Attestation   guestconfig.Attestation `json:"attestation"`
-	MinTCB        TCB                     `json:"min_tcb"`
+	MinTCB        policy.TCB              `json:"min_tcb"` // the oldest firmware that gets the key
 	UserConfig    UserConfigPin           `json:"user_config"`
-}
-
-// TCB is the oldest firmware that gets the key.
-type TCB struct {
-	Bootloader uint8 `json:"bootloader"`
-	TEE        uint8 `json:"tee"`
-	SNP        uint8 `json:"snp"`
-	Microcode  uint8 `json:"microcode"`
 }
 
 // UserConfigPin says what the guest demands of user_config.qcow2.

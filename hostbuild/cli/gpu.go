@@ -25,9 +25,17 @@ func (a *App) gpu() *cobra.Command {
 
 // gpuFlags is the command line of `hostbuild gpu verify`.
 type gpuFlags struct {
-	report, certs, rimDir, nonce, at, ocsp, ocspDir, deviceRoot, rimRoot string
-	fetch, json                                                          bool
-	policy                                                               gpu.Policy
+	gpuTrust
+	report, certs, nonce, at, ocspDir string
+	json                              bool
+}
+
+// gpuTrust is what devices are judged by.
+type gpuTrust struct {
+	rimDir              string // folder of RIMs
+	fetch               bool   // those that it lacks are NVIDIA's service's
+	deviceRoot, rimRoot string // PEM files; "" for NVIDIA's own
+	policy              gpu.Policy
 }
 
 func (a *App) gpuVerify() *cobra.Command {
@@ -49,7 +57,11 @@ what the device was, not when.`,
 			if o.nonce == "" {
 				a.warn([]string{"no --nonce: whether the report is fresh is not checked"})
 			}
-			verifier, err := o.verifier()
+			now, err := timeFlag(o.at)
+			if err != nil {
+				return err
+			}
+			verifier, err := o.verifier("--ocsp", o.ocspDir, func() time.Time { return now })
 			if err != nil {
 				return err
 			}
@@ -67,7 +79,7 @@ what the device was, not when.`,
 	f.BoolVar(&o.fetch, "fetch", false, "ask NVIDIA's service for RIMs that the folder lacks")
 	f.StringVar(&o.nonce, "nonce", "", "the nonce that was asked with, 64 hex digits")
 	f.StringVar(&o.at, "time", "", "judge at this time (RFC 3339) instead of now")
-	f.StringVar(&o.ocsp, "ocsp", "off", "require: ask NVIDIA's responder about revocation; allow_cached: use an answer of a day; off")
+	f.StringVar((*string)(&o.policy.OCSP), "ocsp", string(gpu.OCSPOff), "require: ask NVIDIA's responder about revocation; allow_cached: use an answer of a day; off")
 	f.StringVar(&o.ocspDir, "ocsp-dir", "", "folder of kept answers, for allow_cached; a bundle can carry it")
 	f.StringSliceVar(&o.policy.Drivers, "driver", nil, "allowed driver versions")
 	f.StringSliceVar(&o.policy.VBIOSes, "vbios", nil, "allowed VBIOS versions")
@@ -118,42 +130,45 @@ func readGPUReport(path string) ([]byte, error) {
 	return b, nil
 }
 
-func (o *gpuFlags) verifier() (*gpu.Verifier, error) {
-	now, err := timeFlag(o.at)
-	if err != nil {
-		return nil, err
-	}
+// gpuFresh is how long answers about RIMs and revocation are used again.
+const gpuFresh = 24 * time.Hour
+
+// verifier makes a verifier whose answers about revocation are kept in ocspDir.
+// ocspFlag is the flag that Policy.OCSP comes from.
+func (t *gpuTrust) verifier(ocspFlag, ocspDir string, now func() time.Time) (*gpu.Verifier, error) {
 	client := &http.Client{Timeout: rimTimeout}
 	v := &gpu.Verifier{
 		OCSP:   &ocsp.Client{URL: ocsp.URL, HTTP: client, Now: time.Now, Rand: rand.Reader},
-		Policy: o.policy, Now: func() time.Time { return now },
+		Policy: t.policy, Now: now,
 	}
-	switch v.Policy.OCSP = gpu.OCSP(o.ocsp); v.Policy.OCSP {
+	switch t.policy.OCSP {
 	case gpu.OCSPRequire, gpu.OCSPOff:
 	case gpu.OCSPAllowCached:
-		if o.ocspDir == "" {
-			return nil, fmt.Errorf("%w: --ocsp allow_cached needs --ocsp-dir", errUsage)
+		if ocspDir == "" {
+			return nil, fmt.Errorf("%w: %s allow_cached needs %[2]s-dir", errUsage, ocspFlag)
 		}
-		v.OCSP.Cache, v.OCSP.MaxAge = ocsp.Dir(o.ocspDir), gpuFresh
+		v.OCSP.Cache, v.OCSP.MaxAge = ocsp.Dir(ocspDir), gpuFresh
 	default:
-		return nil, fmt.Errorf("%w: --ocsp %q is none of require, allow_cached and off", errUsage, o.ocsp)
+		return nil, fmt.Errorf("%w: %s %q is none of require, allow_cached and off", errUsage, ocspFlag, t.policy.OCSP)
 	}
-	if v.DeviceRoot, err = rootCertificate(o.deviceRoot, certs.DeviceRoot); err != nil {
+	var err error
+	if v.DeviceRoot, err = rootCertificate(t.deviceRoot, certs.DeviceRoot); err != nil {
 		return nil, err
 	}
-	if v.RIMRoot, err = rootCertificate(o.rimRoot, certs.RIMRoot); err != nil {
+	if v.RIMRoot, err = rootCertificate(t.rimRoot, certs.RIMRoot); err != nil {
 		return nil, err
 	}
-	dir := gpurim.Dir{Path: o.rimDir}
-	if o.policy.AllowExpiredRIM {
+	dir := gpurim.Dir{Path: t.rimDir}
+	if t.policy.AllowExpiredRIM {
 		// Who allows this vouches for the files of the folder.
-		if dir.Pins, err = pins(o.rimDir); err != nil {
+		if dir.Pins, err = pins(t.rimDir); err != nil {
 			return nil, err
 		}
 	}
 	v.RIMs = dir
-	if o.fetch {
-		v.RIMs = gpurim.First{dir, gpurim.Service{URL: gpurim.ServiceURL, Client: client}}
+	if t.fetch {
+		service := gpurim.Service{URL: gpurim.ServiceURL, Client: client}
+		v.RIMs = gpurim.First{dir, &gpurim.Cache{Source: service, TTL: gpuFresh, Now: time.Now}}
 	}
 	return v, nil
 }

@@ -17,6 +17,7 @@ import (
 	"coffer/hostbuild/bundle"
 	"coffer/internal/measure"
 	"coffer/internal/snp"
+	"coffer/internal/strict"
 )
 
 // measured is a launch digest and all that led to it.
@@ -386,15 +387,9 @@ func readDigest(arg string) (digest [48]byte, err error) {
 
 // readReport reads a report, raw or in Trustee's evidence, and its certificates.
 func readReport(path string) (*snp.Report, []snp.Cert, error) {
-	f, err := os.Open(path)
+	data, err := strict.ReadFile(path, 1<<20)
 	if err != nil {
 		return nil, nil, err
-	}
-	defer f.Close()
-	const limit = 1 << 20
-	data, err := io.ReadAll(io.LimitReader(f, limit))
-	if err != nil {
-		return nil, nil, fmt.Errorf("read %s: %w", path, err)
 	}
 	var certs []snp.Cert
 	if len(data) > 0 && data[0] == '{' {

@@ -15,13 +15,14 @@ import (
 	"strconv"
 	"strings"
 
+	"coffer/hostbuild/policy"
 	"coffer/hostbuild/yamlcheck"
 	"coffer/internal/guestconfig"
 	"coffer/internal/measure"
 )
 
-// GB is the unit of the drive sizes.
-const GB = 1 << 30
+// gb is the unit of the drive sizes.
+const gb = 1 << 30
 
 // Config is one CVM as its owner describes it.
 type Config struct {
@@ -52,13 +53,10 @@ type Config struct {
 	VCPUs     []int    // allowed numbers of vCPUs, the first is the default
 	CPUModels []string // allowed QEMU CPU models, the first is the default
 	MemoryMiB int64
-	MinTCB    TCB // the oldest firmware that gets the key
+	MinTCB    policy.TCB // the oldest firmware that gets the key
 
 	Warnings []string
 }
-
-// TCB are security version numbers of a platform's firmware.
-type TCB struct{ Bootloader, TEE, SNP, Microcode uint8 }
 
 // Issuer is an entry of cc_issuers. Only NVFlare acts on it.
 type Issuer struct{ ID, Path string }
@@ -125,10 +123,10 @@ func build(doc *yamlcheck.Doc, m *yamlcheck.Map) (*Config, error) {
 	if c.RootCompression = m.OneOf("root_compression", "none", "none", "lz4", "zstd"); c.RootCompression == "none" {
 		c.RootCompression = ""
 	}
-	c.RootDriveSize = m.Int("root_drive_size", 10, 1, 65536) * GB
-	c.ApplogDriveSize = m.Int("applog_drive_size", 1, 1, 65536) * GB
-	c.UserConfigDriveSize = m.Int("user_config_drive_size", 1, 1, 65536) * GB
-	c.UserDataDriveSize = m.Int("user_data_drive_size", 1, 1, 65536) * GB
+	c.RootDriveSize = m.Int("root_drive_size", 10, 1, 65536) * gb
+	c.ApplogDriveSize = m.Int("applog_drive_size", 1, 1, 65536) * gb
+	c.UserConfigDriveSize = m.Int("user_config_drive_size", 1, 1, 65536) * gb
+	c.UserDataDriveSize = m.Int("user_data_drive_size", 1, 1, 65536) * gb
 
 	uc := m.Map("user_config")
 	for _, name := range uc.Keys() {

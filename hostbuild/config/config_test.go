@@ -8,6 +8,7 @@ import (
 	"strings"
 	"testing"
 
+	"coffer/hostbuild/policy"
 	"coffer/hostbuild/yamlcheck"
 	"coffer/internal/guestconfig"
 )
@@ -40,7 +41,7 @@ func TestReadsWhatNVFlareSends(t *testing.T) {
 			if c.Role != tc.role || !slices.Equal(c.Network.AllowedPorts, tc.in) || !slices.Equal(c.Network.AllowedOutPorts, tc.out) {
 				t.Errorf("role %q, ports %v, out %v", c.Role, c.Network.AllowedPorts, c.Network.AllowedOutPorts)
 			}
-			if c.RootDriveSize != 30*GB || c.ApplogDriveSize != GB {
+			if c.RootDriveSize != 30*gb || c.ApplogDriveSize != gb {
 				t.Errorf("sizes %d %d", c.RootDriveSize, c.ApplogDriveSize)
 			}
 			if want := "/home/admin/NVFlare/examples/advanced/cc_provision/docker/nvflare-site.tar.gz"; c.DockerArchive != want {
@@ -180,7 +181,7 @@ func TestOwnKeys(t *testing.T) {
 	if err != nil {
 		t.Fatal(err)
 	}
-	if !slices.Equal(c.VCPUs, []int{4, 2}) || !slices.Equal(c.CPUModels, []string{"EPYC-Genoa"}) || c.MemoryMiB != 4096 || c.MinTCB != (TCB{Bootloader: 10, SNP: 23, Microcode: 84}) {
+	if !slices.Equal(c.VCPUs, []int{4, 2}) || !slices.Equal(c.CPUModels, []string{"EPYC-Genoa"}) || c.MemoryMiB != 4096 || c.MinTCB != (policy.TCB{Bootloader: 10, SNP: 23, Microcode: 84}) {
 		t.Errorf("%+v", c)
 	}
 	if s := c.Network.Static; s == nil || s.Address != "192.0.2.7/24" || s.Gateway != "192.0.2.1" || !slices.Equal(s.DNS, []string{"192.0.2.2"}) {

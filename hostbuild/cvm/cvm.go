@@ -45,9 +45,6 @@ import (
 	"coffer/internal/measure"
 )
 
-// GuestFeatures is SEV_FEATURES as upstream KVM and QEMU 9.1 and later set it: SNPActive.
-const GuestFeatures = 0x1
-
 // Params are the inputs of a build.
 type Params struct {
 	Config   *config.Config
@@ -138,16 +135,16 @@ func Build(ctx context.Context, p Params) (*Result, error) {
 	if err := w.registering(); err != nil {
 		return nil, err
 	}
-	keys := [][]byte{key}
+	resources := map[string][]byte{m.KBS.KeyPath: key, m.KBS.CanaryPath: []byte(id)}
 	if m.KBS.VaultKeyPath != "" {
 		vault, err := newPassphrase(p.rand)
 		if err != nil {
 			return nil, err
 		}
 		defer clear(vault)
-		keys = append(keys, vault)
+		resources[m.KBS.VaultKeyPath] = vault
 	}
-	if err := reg.AddCVM(ctx, rule, keys...); err != nil {
+	if err := reg.AddCVM(ctx, rule, resources); err != nil {
 		return nil, err
 	}
 	final := filepath.Join(s.OutputDir, id+".tgz")
@@ -359,10 +356,6 @@ func parents(name string) (dirs []string) {
 	return dirs
 }
 
-func keyPath(id string) string      { return "keys/root/" + id }
-func canaryPath(id string) string   { return "keys/canary/" + id }
-func vaultKeyPath(id string) string { return "keys/vault/" + id }
-
 func guestConfig(p Params, id, ca string, b *base.Base, root *disk.Root, in inputs) *guestconfig.Config {
 	c := p.Config
 	api := c.API
@@ -374,7 +367,7 @@ func guestConfig(p Params, id, ca string, b *base.Base, root *disk.Root, in inpu
 	w.Profile = c.WorkloadProfile()
 	return &guestconfig.Config{
 		Version: guestconfig.Version, CVMID: id, Platform: b.Platform, TEE: p.TEE, BuildTime: p.Now.Unix(),
-		KBS: guestconfig.KBS{URL: p.Settings.KBSGuestURL, CA: ca, KeyPath: keyPath(id), CanaryPath: canaryPath(id)},
+		KBS: guestconfig.KBS{URL: p.Settings.KBSGuestURL, CA: ca, KeyPath: policy.KeyPath(id), CanaryPath: policy.CanaryPath(id)},
 		Disk: guestconfig.Disk{
 			Serial: "crypt_root", HeaderSHA256: root.HeaderSHA256, DataOffset: root.DataOffset, PayloadSize: root.PayloadSize,
 			Verity: root.Verity, Scratch: root.Scratch,
@@ -401,11 +394,11 @@ func checkGuestConfig(p Params, id, ca string, b *base.Base, in inputs) error {
 func assemble(a *bundle.Archive, cryptRoot bundle.File, dir string, gc *guestconfig.Config, b *base.Base, root *disk.Root, p Params) (*bundle.Manifest, error) {
 	m := &bundle.Manifest{
 		Version: 1, CVMID: gc.CVMID, Platform: gc.Platform, TEE: gc.TEE, Created: p.Now,
-		Cmdline: bundle.Cmdline(gc.Platform, gc.CVMID, gc.GPU != nil), GuestFeatures: fmt.Sprintf("%#x", GuestFeatures),
+		Cmdline: bundle.Cmdline(gc.Platform, gc.CVMID, gc.GPU != nil), GuestFeatures: fmt.Sprintf("%#x", measure.DefaultGuestFeatures),
 		Base:  bundle.Base{ID: b.ID, KernelVersion: b.KernelVersion},
 		Image: bundle.Image{Name: root.Image.Name, Digest: root.Image.Digest, ConfigDigest: root.Image.ConfigDigest, DiffIDs: root.Image.DiffIDs},
 		Disk:  gc.Disk, KBS: kbsOf(gc),
-		KDS: gc.API.KDS, Network: gc.Network, Attestation: gc.Attestation, MinTCB: bundle.TCB(p.Config.MinTCB),
+		KDS: gc.API.KDS, Network: gc.Network, Attestation: gc.Attestation, MinTCB: p.Config.MinTCB,
 		UserConfig: bundle.UserConfigPin{Integrity: gc.UserConfig.Integrity, Digest: gc.UserConfig.Files.Digest()},
 		Files:      []bundle.File{cryptRoot},
 	}

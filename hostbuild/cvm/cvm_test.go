@@ -25,6 +25,7 @@ import (
 	"coffer/hostbuild/bundle"
 	"coffer/hostbuild/config"
 	"coffer/hostbuild/kbs"
+	"coffer/hostbuild/policy"
 	"coffer/hostbuild/register"
 	"coffer/hostbuild/settings"
 	"coffer/internal/guestconfig"
@@ -494,7 +495,7 @@ func TestClearUp(t *testing.T) {
 		if err != nil {
 			t.Fatal(err)
 		}
-		rule, err := reg.RuleOf(&bundle.Manifest{CVMID: id, TEE: "snp", KBS: bundle.KBS{KeyPath: keyPath(id), CanaryPath: canaryPath(id)},
+		rule, err := reg.RuleOf(&bundle.Manifest{CVMID: id, TEE: "snp", KBS: bundle.KBS{KeyPath: policy.KeyPath(id), CanaryPath: policy.CanaryPath(id)},
 			LaunchDigests: []bundle.LaunchDigest{{Digest: strings.Repeat("ab", 48)}}})
 		if err != nil {
 			t.Fatal(err)
@@ -503,7 +504,7 @@ func TestClearUp(t *testing.T) {
 		if err := w.registering(); err != nil {
 			t.Fatal(err)
 		}
-		if err := reg.AddCVM(t.Context(), rule, key); err != nil {
+		if err := reg.AddCVM(t.Context(), rule, map[string][]byte{policy.KeyPath(id): key, policy.CanaryPath(id): []byte(id)}); err != nil {
 			t.Fatal(err)
 		}
 		if !placed {

@@ -13,6 +13,7 @@ import (
 	"coffer/hostbuild/base"
 	"coffer/hostbuild/config"
 	"coffer/hostbuild/disk"
+	"coffer/hostbuild/policy"
 	"coffer/hostbuild/register"
 	"coffer/internal/gpu/rim"
 	"coffer/internal/guestconfig"
@@ -97,7 +98,7 @@ func gpuGuard(c *config.Config, id string, pins []string, b *base.Base) *guestco
 	g := c.GPU.GPU
 	g.RIMs, g.DeviceRoot, g.RIMRoot = pins, b.GPU.DeviceRoot, b.GPU.RIMRoot
 	if c.GPU.Required {
-		g.VaultKeyPath = vaultKeyPath(id)
+		g.VaultKeyPath = policy.VaultKeyPath(id)
 	}
 	return &g
 }

@@ -91,7 +91,7 @@ func clearUp(ctx context.Context, dir string, reg registrar) error {
 	id := strings.TrimSuffix(strings.TrimPrefix(filepath.Base(dir), workPrefix), workSuffix)
 	w := &work{id: id, dir: dir}
 	if exists(filepath.Join(dir, registeringMark)) && exists(w.tgz()) {
-		rule := policy.Rule{CVMID: id, Paths: []string{keyPath(id), canaryPath(id), vaultKeyPath(id)}}
+		rule := policy.Rule{CVMID: id, Paths: []string{policy.KeyPath(id), policy.CanaryPath(id), policy.VaultKeyPath(id)}}
 		if err := reg.ForgetCVM(ctx, rule); err != nil {
 			return err
 		}

@@ -16,8 +16,6 @@ import (
 	"os"
 	"path/filepath"
 	"syscall"
-
-	"coffer/hostbuild/disk/ext4"
 )
 
 // Errors that a caller may tell apart. Those of reading the archive are in
@@ -26,7 +24,6 @@ var (
 	ErrNoSpace  = errors.New("no space left on the build host")
 	ErrTooSmall = errors.New("the drive is too small")
 	ErrBadFile  = errors.New("a file that a drive cannot take")
-	ErrNoTool   = ext4.ErrNoTool
 )
 
 // File is a file, directory or link that goes into a drive, owned by 0:0.

@@ -32,15 +32,15 @@ type DriveParams struct {
 	Time  time.Time // every time in the drive
 }
 
-// MinDrive is the least size of a plain drive, in bytes.
-const MinDrive = 8 << 20
+// minDrive is the least size of a plain drive, in bytes.
+const minDrive = 8 << 20
 
 // BuildDrive makes a drive whose whole is one ext4. The file is for its owner
 // alone: nothing in it is encrypted.
 func BuildDrive(ctx context.Context, p DriveParams) error {
 	p.Size = roundUp(p.Size, blockSize)
-	if p.Size < MinDrive {
-		return explain(p.Out, fmt.Errorf("%w: %d bytes, less than %d", ErrTooSmall, p.Size, MinDrive))
+	if p.Size < minDrive {
+		return explain(p.Out, fmt.Errorf("%w: %d bytes, less than %d", ErrTooSmall, p.Size, minDrive))
 	}
 	out, err := newPartial(p.Out, 0o600)
 	if err != nil {

@@ -113,8 +113,8 @@ func (l lister) against(ctx context.Context, items []ext4.Item, dest string) ([]
 func ResizeDrive(ctx context.Context, file string, size int64) error {
 	size = roundUp(size, blockSize)
 	err := editDrive(ctx, file, func(raw *os.File, old int64) (int64, error) {
-		if size < MinDrive {
-			return 0, fmt.Errorf("%w: %d bytes, less than %d", ErrTooSmall, size, MinDrive)
+		if size < minDrive {
+			return 0, fmt.Errorf("%w: %d bytes, less than %d", ErrTooSmall, size, minDrive)
 		}
 		if err := raw.Truncate(max(size, old)); err != nil {
 			return 0, err

@@ -68,8 +68,8 @@ type Root struct {
 	CacheErr error
 }
 
-// MinScratch is the least room for the writable part of crypt_root, in bytes.
-const MinScratch = 64 << 20
+// minScratch is the least room for the writable part of crypt_root, in bytes.
+const minScratch = 64 << 20
 
 // scratchAlign is the alignment of the writable part, for no reason but order.
 const scratchAlign = 1 << 20
@@ -90,8 +90,8 @@ func BuildRoot(ctx context.Context, p RootParams) (*Root, error) {
 	}
 	p.Size = roundUp(p.Size, blockSize)
 	name := filepath.Join(p.Temp, "crypt_root") // for messages
-	if p.Size < luks2.DataOffset+MinScratch {
-		return nil, explain(name, fmt.Errorf("%w: %d bytes, with %d for the writable part alone", ErrTooSmall, p.Size, MinScratch))
+	if p.Size < luks2.DataOffset+minScratch {
+		return nil, explain(name, fmt.Errorf("%w: %d bytes, with %d for the writable part alone", ErrTooSmall, p.Size, minScratch))
 	}
 	if p.Compression != "" {
 		if err := checkCompression(ctx, p.Compression); err != nil {
@@ -164,8 +164,8 @@ func buildRoot(ctx context.Context, p RootParams, source *imageSource) (*Root, e
 	blocks := b.out.off / blockSize
 	treeOff := b.out.off
 	scratchOff := roundUp(treeOff+verity.TreeSize(blocks), scratchAlign)
-	if scratchOff+MinScratch > s.size {
-		need := roundUp(luks2.DataOffset+scratchOff+MinScratch, 1<<20)
+	if scratchOff+minScratch > s.size {
+		need := roundUp(luks2.DataOffset+scratchOff+minScratch, 1<<20)
 		return nil, fmt.Errorf("%w: it has %d bytes, and needs at least %d (%d MiB): raise root_drive_size", ErrTooSmall, p.Size, need, need>>20)
 	}
 	if err := b.checkCached(leaves); err != nil {

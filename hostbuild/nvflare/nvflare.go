@@ -23,13 +23,13 @@ import (
 	"io/fs"
 	"net"
 	"os"
-	"path"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
 
 	"coffer/internal/guestconfig"
+	"coffer/internal/strict"
 )
 
 const (
@@ -121,7 +121,7 @@ func (k *Kit) CheckImage(installed []string) error {
 // ShutPort says which port of the federation's server the guest's firewall would
 // shut, given its open ports; "" where there is none or the kit names no port.
 func (k *Kit) ShutPort(in, out []guestconfig.Port) string {
-	data, err := readSmall(filepath.Join(k.dir, "startup", "fed_"+k.role+".json"))
+	data, err := strict.ReadFile(filepath.Join(k.dir, "startup", "fed_"+k.role+".json"), maxFile)
 	var doc struct {
 		Servers []struct{ Service struct{ Target string } }
 		// A client's of NVFlare before 2.9: HOST:PORT:ADMIN_PORT.
@@ -153,46 +153,30 @@ func (k *Kit) ShutPort(in, out []guestconfig.Port) string {
 }
 
 func readComponents(dir string) ([]component, error) {
-	names, err := filepath.Glob(filepath.Join(escape(dir), components))
+	names, err := fs.Glob(os.DirFS(dir), components)
 	if err != nil {
 		return nil, err
 	}
 	var all []component
 	for _, name := range names {
-		data, err := readSmall(name)
+		data, err := strict.ReadFile(filepath.Join(dir, name), maxFile)
 		if err != nil {
 			return nil, err
 		}
 		var doc struct{ Components []component }
 		if err := json.Unmarshal(data, &doc); err != nil {
-			return nil, fmt.Errorf("%s: %w", name, err)
+			return nil, fmt.Errorf("%s: %w", filepath.Join(dir, name), err)
 		}
 		for _, c := range doc.Components {
-			c.file = path.Join("local", filepath.Base(name))
+			c.file = name
 			all = append(all, c)
 		}
 	}
 	return all, nil
 }
 
-// escape takes a folder's name out of a pattern's language.
-func escape(dir string) string {
-	return strings.NewReplacer(`\`, `\\`, `*`, `\*`, `?`, `\?`, `[`, `\[`).Replace(dir)
-}
-
 // maxFile bounds a file of a kit; the largest are a few KiB.
 const maxFile = 16 << 20
-
-func readSmall(name string) ([]byte, error) {
-	st, err := os.Stat(name)
-	if err != nil {
-		return nil, err
-	}
-	if st.Size() > maxFile {
-		return nil, fmt.Errorf("%s has %d bytes, too many for a file of a kit", name, st.Size())
-	}
-	return os.ReadFile(name)
-}
 
 // checkSignatures does what `sub_start.sh --verify` will do in the CVM.
 func checkSignatures(dir string) error {
@@ -206,7 +190,7 @@ func checkSignatures(dir string) error {
 			return err
 		}
 		signatures := map[string]string{}
-		data, err := readSmall(filepath.Join(name, signatureFile))
+		data, err := strict.ReadFile(filepath.Join(name, signatureFile), maxFile)
 		if err == nil {
 			err = json.Unmarshal(data, &signatures)
 		}
@@ -225,7 +209,7 @@ func checkSignatures(dir string) error {
 			}
 			content := []byte(e.Name()) // of a folder, its name is signed
 			if e.Type().IsRegular() {
-				if content, err = readSmall(file); err != nil {
+				if content, err = strict.ReadFile(file, maxFile); err != nil {
 					return err
 				}
 			} else if !e.IsDir() {
@@ -271,7 +255,7 @@ func checkSignatures(dir string) error {
 }
 
 func rootKey(name string) (*rsa.PublicKey, error) {
-	data, err := readSmall(name)
+	data, err := strict.ReadFile(name, maxFile)
 	if err != nil {
 		return nil, err
 	}

@@ -5,13 +5,14 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"slices"
 	"strings"
 	"time"
+
+	"coffer/internal/strict"
 
 	"golang.org/x/sys/unix"
 )
@@ -46,20 +47,14 @@ func (f *Folder) Path() string { return filepath.Join(f.dir, fileName) }
 
 // Text returns the master copy, or the text of a new folder.
 func (f *Folder) Text() ([]byte, error) {
-	fh, err := os.Open(f.Path())
-	if errors.Is(err, fs.ErrNotExist) {
+	b, err := strict.ReadFile(f.Path(), maxSize)
+	switch {
+	case errors.Is(err, fs.ErrNotExist):
 		return Render(nil), nil
-	}
-	if err != nil {
+	case errors.Is(err, strict.ErrTooLarge):
+		return nil, fmt.Errorf("policy %w; a KBS takes no more", err)
+	case err != nil:
 		return nil, fmt.Errorf("read policy: %w", err)
-	}
-	defer fh.Close()
-	b, err := io.ReadAll(io.LimitReader(fh, maxSize+1))
-	if err != nil {
-		return nil, fmt.Errorf("read policy: %w", err)
-	}
-	if len(b) > maxSize {
-		return nil, fmt.Errorf("policy %s is larger than %d bytes, more than a KBS takes", f.Path(), maxSize)
 	}
 	return b, nil
 }

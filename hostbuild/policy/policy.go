@@ -44,10 +44,17 @@ type TCB struct {
 	Microcode  uint8 `json:"microcode"`
 }
 
+// KeyPath, CanaryPath and VaultKeyPath are a CVM's own resources: the key of its
+// disk, what each round fetches, and the key of /vault where only verified GPUs
+// open it.
+func KeyPath(cvmID string) string      { return "keys/root/" + cvmID }
+func CanaryPath(cvmID string) string   { return "keys/canary/" + cvmID }
+func VaultKeyPath(cvmID string) string { return "keys/vault/" + cvmID }
+
 // Rule lets one CVM read its resources.
 type Rule struct {
 	CVMID   string     // names the rule; one rule for each CVM
-	Paths   []string   // <repository>/<type>/<tag>, as in keys/root/<cvm_id>
+	Paths   []string   // <repository>/<type>/<tag>, as KeyPath
 	Digests [][48]byte // launch digests, any of which is accepted; none with TEE "sample"
 	TEE     string     // TEESNP (also when empty) or TEESample
 

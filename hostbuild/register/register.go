@@ -114,12 +114,12 @@ var ErrForeign = errors.New("the manifest claims what is not this CVM's own: it 
 // checkOwn fails unless the keys that the manifest names are those of its CVM, and
 // what else it names lies outside of the CVMs' repository.
 func checkOwn(m *bundle.Manifest) error {
-	own := map[string]string{"root": m.KBS.KeyPath, "canary": m.KBS.CanaryPath}
+	own := map[string]string{policy.KeyPath(m.CVMID): m.KBS.KeyPath, policy.CanaryPath(m.CVMID): m.KBS.CanaryPath}
 	if m.KBS.VaultKeyPath != "" {
-		own["vault"] = m.KBS.VaultKeyPath
+		own[policy.VaultKeyPath(m.CVMID)] = m.KBS.VaultKeyPath
 	}
-	for kind, path := range own {
-		if want := "keys/" + kind + "/" + m.CVMID; path != want {
+	for want, path := range own {
+		if path != want {
 			return fmt.Errorf("%q: %w: %s instead of %s", m.CVMID, ErrForeign, path, want)
 		}
 	}
@@ -147,7 +147,7 @@ func (r *Registrar) RuleOf(m *bundle.Manifest) (policy.Rule, error) {
 	if m.TEE == policy.TEESample {
 		return rule, nil // sample evidence carries no measurement
 	}
-	rule.MinTCB = raise(r.minTCB, policy.TCB(m.MinTCB))
+	rule.MinTCB = raise(r.minTCB, m.MinTCB)
 	for _, d := range m.LaunchDigests {
 		var sum [48]byte
 		if n, err := hex.Decode(sum[:], []byte(d.Digest)); err != nil || n != len(sum) {
@@ -173,19 +173,15 @@ func (r *Registrar) ForgetCVM(ctx context.Context, rule policy.Rule) error {
 	return err
 }
 
-// AddCVM stores the keys and the canary, and adds the rule, whose first resources
-// they are: the disk's key, the canary, and /vault's key where it has one. The rule
+// AddCVM stores resources, by path, and adds the rule that releases them. The rule
 // comes last: without it nothing is released. After an error nothing of it is left.
-// The caller wipes keys.
-func (r *Registrar) AddCVM(ctx context.Context, rule policy.Rule, keys ...[]byte) error {
+// The caller wipes the keys among them.
+func (r *Registrar) AddCVM(ctx context.Context, rule policy.Rule, resources map[string][]byte) error {
 	add := func() error {
-		for i, key := range keys {
-			if err := r.admin.SetResource(ctx, rule.Paths[2*i], key); err != nil {
+		for path, value := range resources {
+			if err := r.admin.SetResource(ctx, path, value); err != nil {
 				return err
 			}
-		}
-		if err := r.admin.SetResource(ctx, rule.Paths[1], []byte(rule.CVMID)); err != nil {
-			return err
 		}
 		return r.AddRule(ctx, rule)
 	}

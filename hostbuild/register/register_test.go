@@ -125,7 +125,7 @@ func TestFolderOfTheGuide(t *testing.T) {
 	r := st.open()
 	var warnings []policy.Finding
 	r.Warn = func(f policy.Finding) { warnings = append(warnings, f) }
-	if err := r.AddCVM(t.Context(), rule("one"), []byte("key")); err != nil {
+	if err := r.AddCVM(t.Context(), rule("one"), map[string][]byte{"keys/root/one": []byte("key")}); err != nil {
 		t.Fatal(err)
 	}
 	if len(warnings) != 1 || warnings[0].Line != 7 || !strings.Contains(warnings[0].Message, "every CVM's key") {

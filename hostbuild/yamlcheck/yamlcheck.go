@@ -12,12 +12,13 @@ package yamlcheck
 import (
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"path/filepath"
 	"slices"
 	"strconv"
 	"strings"
+
+	"coffer/internal/strict"
 
 	"gopkg.in/yaml.v3"
 )
@@ -107,14 +108,9 @@ type Map struct {
 
 // Read parses the mapping in the file at path.
 func Read(path string) (*Doc, *Map, error) {
-	f, err := os.Open(path)
+	b, err := strict.ReadFile(path, MaxSize)
 	if err != nil {
 		return nil, nil, err
-	}
-	defer f.Close()
-	b, err := io.ReadAll(io.LimitReader(f, MaxSize+1))
-	if err != nil {
-		return nil, nil, fmt.Errorf("read %s: %w", path, err)
 	}
 	return Parse(path, b)
 }
@@ -176,11 +172,6 @@ func (d *Doc) Err() error { return errors.Join(d.errs...) }
 
 // Warnings returns what is odd but tolerable.
 func (d *Doc) Warnings() []string { return d.warnings }
-
-// Warnf adds a warning of the caller's.
-func (d *Doc) Warnf(format string, a ...any) {
-	d.warnings = append(d.warnings, d.file+": "+fmt.Sprintf(format, a...))
-}
 
 // value finds a key. null counts as absent.
 func (m *Map) value(key string) *yaml.Node {

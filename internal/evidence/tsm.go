@@ -4,12 +4,13 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"io"
 	"io/fs"
 	"os"
 	"path/filepath"
 	"strconv"
 	"strings"
+
+	"coffer/internal/strict"
 
 	"golang.org/x/sys/unix"
 )
@@ -94,17 +95,9 @@ func writeAttr(entry, name string, value []byte) error {
 }
 
 func readAttr(entry, name string, limit int64) ([]byte, error) {
-	f, err := os.Open(filepath.Join(entry, name))
-	if err != nil {
-		return nil, err
+	b, err := strict.ReadFile(filepath.Join(entry, name), limit)
+	if errors.Is(err, strict.ErrTooLarge) {
+		err = fmt.Errorf("%w: %w", ErrReport, err)
 	}
-	defer f.Close()
-	b, err := io.ReadAll(io.LimitReader(f, limit+1))
-	if err != nil {
-		return nil, err
-	}
-	if int64(len(b)) > limit {
-		return nil, fmt.Errorf("%w: %s is longer than %d bytes", ErrReport, name, limit)
-	}
-	return b, nil
+	return b, err
 }

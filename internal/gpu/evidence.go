@@ -1,13 +1,13 @@
 package gpu
 
 import (
-	"bytes"
 	"encoding/base64"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
+
+	"coffer/internal/strict"
 )
 
 // MaxDevices is the number of devices that evidence can hold.
@@ -44,16 +44,10 @@ func MarshalEvidence(devices []Evidence) (string, error) {
 // ParseEvidence reads what MarshalEvidence writes, strictly.
 func ParseEvidence(text string) ([]Evidence, error) {
 	var a additional
-	dec := json.NewDecoder(bytes.NewReader([]byte(text)))
-	dec.DisallowUnknownFields()
-	err := dec.Decode(&a)
-	if _, end := dec.Token(); err == nil && end != io.EOF {
-		err = errors.New("data after the object")
-	}
-	switch {
-	case err != nil:
+	if err := strict.JSON([]byte(text), &a); err != nil {
 		return nil, fmt.Errorf("additional evidence: %w", err)
-	case a.NVIDIA == nil || len(a.NVIDIA.List) == 0 || len(a.NVIDIA.List) > MaxDevices:
+	}
+	if a.NVIDIA == nil || len(a.NVIDIA.List) == 0 || len(a.NVIDIA.List) > MaxDevices {
 		return nil, fmt.Errorf("additional evidence: no list of 1 to %d NVIDIA devices", MaxDevices)
 	}
 	var devices []Evidence

@@ -14,7 +14,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"net/netip"
 	"net/url"
 	"path"
@@ -23,6 +22,7 @@ import (
 	"slices"
 	"strings"
 
+	"coffer/internal/strict"
 	"coffer/internal/treedigest"
 )
 
@@ -283,13 +283,8 @@ func decodeStrict(data []byte, v any) error {
 	if err := noDuplicates(json.NewDecoder(bytes.NewReader(data)), 0); err != nil {
 		return fmt.Errorf("%w: %w", ErrInvalid, err)
 	}
-	d := json.NewDecoder(bytes.NewReader(data))
-	d.DisallowUnknownFields()
-	if err := d.Decode(v); err != nil {
+	if err := strict.JSON(data, v); err != nil {
 		return fmt.Errorf("%w: %w", ErrInvalid, err)
-	}
-	if _, err := d.Token(); err != io.EOF {
-		return fmt.Errorf("%w: data after the document", ErrInvalid)
 	}
 	return nil
 }
@@ -367,9 +362,9 @@ func (c *Config) NFS() bool {
 
 const (
 	maxResources = 64
-	// MaxVCEKs and MaxVCEK bound VCEKs, and one of them in bytes.
+	// MaxVCEKs and maxVCEK bound VCEKs, and one of them in bytes.
 	MaxVCEKs = 64
-	MaxVCEK  = 4 << 10
+	maxVCEK  = 4 << 10
 )
 
 // faults are what is wrong with a profile.
@@ -501,7 +496,7 @@ func (c *Config) Validate() error {
 	check(len(c.VCEKs) <= MaxVCEKs, "vceks: %d, at most %d", len(c.VCEKs), MaxVCEKs)
 	for i, der := range c.VCEKs {
 		_, err := x509.ParseCertificate(der)
-		check(err == nil && len(der) <= MaxVCEK, "vceks[%d] is no certificate of at most %d bytes", i, MaxVCEK)
+		check(err == nil && len(der) <= maxVCEK, "vceks[%d] is no certificate of at most %d bytes", i, maxVCEK)
 	}
 	check(len(c.API.Resources) <= maxResources, "api.resources: %d, at most %d", len(c.API.Resources), maxResources)
 	for _, r := range c.API.Resources {

@@ -25,7 +25,7 @@ import (
 	"strings"
 )
 
-// DefaultGuestFeatures is SEV_FEATURES as QEMU 9.1 to 11.1 sets it: SNPActive.
+// DefaultGuestFeatures is SEV_FEATURES as upstream KVM with QEMU 9.1 to 11.1 sets it: SNPActive.
 const DefaultGuestFeatures = 0x1
 
 const maxVCPUs = 512

@@ -11,7 +11,6 @@ package simport
 
 import (
 	"bufio"
-	"bytes"
 	"encoding/hex"
 	"encoding/json"
 	"errors"
@@ -19,6 +18,7 @@ import (
 	"io"
 
 	"coffer/internal/snp"
+	"coffer/internal/strict"
 )
 
 // PortName is the name of the virtio port.
@@ -137,13 +137,7 @@ func writeLine(w io.Writer, v any) error {
 }
 
 func decode(line []byte, v any) error {
-	d := json.NewDecoder(bytes.NewReader(line))
-	d.DisallowUnknownFields()
-	err := d.Decode(v)
-	if err == nil && d.InputOffset() != int64(len(line)) {
-		err = errors.New("data behind the JSON document")
-	}
-	if err != nil {
+	if err := strict.JSON(line, v); err != nil {
 		return fmt.Errorf("%w: %w", ErrProtocol, err)
 	}
 	return nil

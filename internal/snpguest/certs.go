@@ -14,6 +14,7 @@ import (
 
 	"coffer/internal/snp"
 	"coffer/internal/snp/verify"
+	"coffer/internal/strict"
 )
 
 // encode is DER as a file of that encoding holds it.
@@ -46,7 +47,7 @@ func makeDir(dir string) error {
 // readCert reads <dir>/<name>.pem, else .der.
 func readCert(dir, name string) (*x509.Certificate, error) {
 	for _, encoding := range []string{"pem", "der"} {
-		b, err := readFile(filepath.Join(dir, name+"."+encoding))
+		b, err := strict.ReadFile(filepath.Join(dir, name+"."+encoding), maxFile)
 		if errors.Is(err, fs.ErrNotExist) {
 			continue
 		}

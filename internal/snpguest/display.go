@@ -3,32 +3,18 @@ package snpguest
 import (
 	"bytes"
 	"fmt"
-	"io"
-	"os"
 
 	"coffer/internal/snp"
+	"coffer/internal/strict"
 )
 
 // maxFile bounds the files that are read but for firmware, kernel and initrd.
 const maxFile = 1 << 20
 
-func readFile(path string) ([]byte, error) {
-	f, err := os.Open(path)
-	if err != nil {
-		return nil, err
-	}
-	defer f.Close()
-	b, err := io.ReadAll(io.LimitReader(f, maxFile+1))
-	if err == nil && len(b) > maxFile {
-		err = fmt.Errorf("%s is larger than %d bytes", path, maxFile)
-	}
-	return b, err
-}
-
 // readReport reads a report whose CPU is known: without it, the layout of the
 // TCB is not.
 func readReport(path string) (*snp.Report, error) {
-	b, err := readFile(path)
+	b, err := strict.ReadFile(path, maxFile)
 	if err == nil {
 		var r *snp.Report
 		if r, err = snp.ParseReport(b); err == nil {
@@ -105,7 +91,7 @@ func displayKey(r *run, a *args) error {
 	if err := a.want(1, 1, "<key-path>"); err != nil {
 		return err
 	}
-	b, err := readFile(a.positional[0])
+	b, err := strict.ReadFile(a.positional[0], maxFile)
 	if err != nil {
 		return fmt.Errorf("Could not open key: %w", err)
 	}

@@ -14,6 +14,7 @@ import (
 
 	"coffer/internal/measure"
 	"coffer/internal/snp/idblock"
+	"coffer/internal/strict"
 )
 
 // maxFirmware bounds a firmware file.
@@ -202,7 +203,7 @@ func generateOVMFHash(r *run, a *args) error {
 
 // readPrivateKey reads a P-384 key: PEM or DER, PKCS #8 or SEC 1.
 func readPrivateKey(path string) (*ecdsa.PrivateKey, error) {
-	b, err := readFile(path)
+	b, err := strict.ReadFile(path, maxFile)
 	if err != nil {
 		return nil, err
 	}

@@ -32,8 +32,8 @@ import (
 
 // Limits of a tree: the list lies in the guest config, the copy in the guest's memory.
 const (
-	MaxEntries = 2048
-	MaxSize    = 64 << 20 // bytes of all files
+	maxEntries = 2048
+	maxSize    = 64 << 20 // bytes of all files
 )
 
 // Tree is a list of files, folders and links, ordered by path. Every parent of an
@@ -82,7 +82,7 @@ func (e Entry) kind() string {
 	return "a folder"
 }
 
-// ErrTooLarge says that a tree is over MaxEntries or MaxSize.
+// ErrTooLarge says that a tree is over maxEntries or maxSize.
 var ErrTooLarge = errors.New("too large to be pinned")
 
 // Difference says where a folder first differs from its tree.
@@ -134,8 +134,8 @@ func Scan(roots map[string]string, files ...string) (Tree, error) {
 				return err
 			}
 			t = append(t, e)
-			if size += e.Size; len(t) > MaxEntries || size > MaxSize {
-				return fmt.Errorf("%w: more than %d files and folders or %d MiB", ErrTooLarge, MaxEntries, MaxSize>>20)
+			if size += e.Size; len(t) > maxEntries || size > maxSize {
+				return fmt.Errorf("%w: more than %d files and folders or %d MiB", ErrTooLarge, maxEntries, maxSize>>20)
 			}
 			return nil
 		})
@@ -176,7 +176,7 @@ func scan(file, name string, d fs.DirEntry) (Entry, error) {
 			return e, err
 		}
 		defer f.Close()
-		e.Size, e.SHA256, err = hash(io.Discard, io.LimitReader(f, MaxSize+1))
+		e.Size, e.SHA256, err = hash(io.Discard, io.LimitReader(f, maxSize+1))
 	default:
 		err = fmt.Errorf("%s is neither file, folder nor link; move it out of the folder", file)
 	}
@@ -203,8 +203,8 @@ func (t Tree) Digest() string {
 
 // Validate checks the form of every entry, their order and the limits.
 func (t Tree) Validate() error {
-	if len(t) > MaxEntries {
-		return fmt.Errorf("%w: %d entries, more than %d", ErrTooLarge, len(t), MaxEntries)
+	if len(t) > maxEntries {
+		return fmt.Errorf("%w: %d entries, more than %d", ErrTooLarge, len(t), maxEntries)
 	}
 	dirs := map[string]bool{".": true}
 	var size int64
@@ -221,7 +221,7 @@ func (t Tree) Validate() error {
 			return fmt.Errorf("%q is both file and link", e.Path)
 		case e.isFile() && (err != nil || len(sum) != sha256.Size || e.SHA256 != strings.ToLower(e.SHA256)):
 			return fmt.Errorf("%q: sha256 is not 64 hex characters", e.Path)
-		case e.Mode > 0o7777 || e.isLink() && e.Mode != 0 || !e.isFile() && e.Size != 0 || e.Size < 0 || e.Size > MaxSize:
+		case e.Mode > 0o7777 || e.isLink() && e.Mode != 0 || !e.isFile() && e.Size != 0 || e.Size < 0 || e.Size > maxSize:
 			return fmt.Errorf("%q: mode or size is out of range", e.Path)
 		case strings.Contains(e.Link, "\x00") || len(e.Link) > 4095:
 			return fmt.Errorf("%q: the link's target is not one", e.Path)
@@ -229,8 +229,8 @@ func (t Tree) Validate() error {
 		if e.isDir() {
 			dirs[e.Path] = true
 		}
-		if size += e.Size; size > MaxSize {
-			return fmt.Errorf("%w: more than %d MiB", ErrTooLarge, MaxSize>>20)
+		if size += e.Size; size > maxSize {
+			return fmt.Errorf("%w: more than %d MiB", ErrTooLarge, maxSize>>20)
 		}
 	}
 	return nil

@@ -167,7 +167,7 @@ func TestScanRefuses(t *testing.T) {
 		t.Errorf("a pipe: %v", err)
 	}
 	many := t.TempDir()
-	for i := range MaxEntries + 1 {
+	for i := range maxEntries + 1 {
 		write(t, filepath.Join(many, "f"+string(rune('a'+i%26))+strings.Repeat("x", i/26)), "", 0o644)
 	}
 	if _, err := Scan(map[string]string{"x": many}); !errors.Is(err, ErrTooLarge) {

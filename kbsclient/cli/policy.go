@@ -2,7 +2,8 @@ package cli
 
 import (
 	"fmt"
-	"regexp"
+
+	"coffer/internal/failopen"
 )
 
 // builtinPolicies are what set-resource-policy has flags for. They load and mean
@@ -45,22 +46,8 @@ allow if {
 `},
 }
 
-var (
-	commentLine = regexp.MustCompile(`(?m)^\s*#.*$`)
-	ifWord      = regexp.MustCompile(`\bif\b`)
-	ifImport    = regexp.MustCompile(`(?m)^\s*import\s+(rego\.v1|future\.keywords(\.if)?)\s*(#.*)?$`)
-)
-
-// failsOpen tells whether a KBS of 2025 reads the policy as "allow everything":
-// without the import it takes `allow if {...}` for the fact `allow` and a rule
-// named `if`. It errs on the side of true.
-func failsOpen(rego []byte) bool {
-	text := commentLine.ReplaceAll(rego, nil)
-	return ifWord.Match(text) && !ifImport.Match(text)
-}
-
 func (t *tool) warnOfPolicy(rego []byte) {
-	if failsOpen(rego) {
+	if len(failopen.Lines(rego)) > 0 {
 		fmt.Fprintln(t.stderr, "warning: the policy has `if` and no `import rego.v1`: "+
 			"a KBS of July 2025 ignores every condition in it and allows everything to everyone")
 	}

@@ -1,6 +1,6 @@
 // Package dockersave writes image archives as `docker save | gzip` does, without
-// a daemon: the legacy layout (one folder a layer, manifest.json last) and the
-// OCI layout of Docker 25 and later. It exists for tests and the demo.
+// a daemon, in the legacy layout: one folder a layer, manifest.json last. It exists
+// for tests and the demo.
 package dockersave
 
 import (
@@ -84,9 +84,6 @@ type member struct {
 	body []byte
 }
 
-// WriteLegacy writes the gzip'd legacy layout.
-func (im Image) WriteLegacy(w io.Writer) error { return WriteLegacy(w, im) }
-
 // WriteLegacy writes the gzip'd legacy layout of several images.
 func WriteLegacy(w io.Writer, images ...Image) error {
 	var ms []member
@@ -113,44 +110,6 @@ func WriteLegacy(w io.Writer, images ...Image) error {
 	return writeTar(w, append(ms, member{"manifest.json", manifest}))
 }
 
-// WriteOCI writes the gzip'd OCI layout with a manifest.json beside it.
-func (im Image) WriteOCI(w io.Writer) error {
-	config, err := im.config()
-	if err != nil {
-		return err
-	}
-	desc := func(mt string, b []byte) map[string]any {
-		return map[string]any{"mediaType": mt, "digest": "sha256:" + hexSum(b), "size": len(b)}
-	}
-	blob := func(b []byte) member { return member{"blobs/sha256/" + hexSum(b), b} }
-	ms := []member{blob(config)}
-	var layers []any
-	var paths []string
-	for _, l := range im.Layers {
-		layers = append(layers, desc("application/vnd.oci.image.layer.v1.tar", l))
-		paths = append(paths, blob(l).name)
-		ms = append(ms, blob(l))
-	}
-	manifest, err := json.Marshal(map[string]any{
-		"schemaVersion": 2, "mediaType": "application/vnd.oci.image.manifest.v1+json",
-		"config": desc("application/vnd.oci.image.config.v1+json", config), "layers": layers,
-	})
-	if err != nil {
-		return err
-	}
-	top := desc("application/vnd.oci.image.manifest.v1+json", manifest)
-	top["annotations"] = map[string]string{"io.containerd.image.name": "docker.io/library/" + im.Tag, "org.opencontainers.image.ref.name": "latest"}
-	index, err := json.Marshal(map[string]any{"schemaVersion": 2, "mediaType": "application/vnd.oci.image.index.v1+json", "manifests": []any{top}})
-	if err != nil {
-		return err
-	}
-	docker, err := json.Marshal([]map[string]any{{"Config": blob(config).name, "RepoTags": []string{im.Tag}, "Layers": paths}})
-	if err != nil {
-		return err
-	}
-	return writeTar(w, append(ms, blob(manifest), member{"index.json", index}, member{"manifest.json", docker}, member{"oci-layout", []byte(`{"imageLayoutVersion":"1.0.0"}`)}))
-}
-
 func writeTar(w io.Writer, ms []member) error {
 	zw := gzip.NewWriter(w)
 	tw := tar.NewWriter(zw)
@@ -174,7 +133,7 @@ func (im Image) SaveLegacy(path string) error {
 	if err != nil {
 		return err
 	}
-	if err := im.WriteLegacy(f); err != nil {
+	if err := WriteLegacy(f, im); err != nil {
 		f.Close()
 		return err
 	}

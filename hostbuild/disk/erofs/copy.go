@@ -31,8 +31,8 @@ func (t *Tree) CopyTar(r io.Reader, w io.Writer) error {
 			continue
 		}
 		if sparse(h) {
-			if expanded += h.Size; h.Size > MaxCopied || expanded > MaxCopied {
-				return fmt.Errorf("entry %.200q: %w: sparse members of more than %d bytes", h.Name, ErrLimit, int64(MaxCopied))
+			if expanded += h.Size; h.Size > maxCopied || expanded > maxCopied {
+				return fmt.Errorf("entry %.200q: %w: sparse members of more than %d bytes", h.Name, ErrLimit, int64(maxCopied))
 			}
 		}
 		out := &tar.Header{

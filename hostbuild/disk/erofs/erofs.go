@@ -9,7 +9,7 @@
 // 512, a layer's tar can serve as the data part as it is (see AddTar), because a
 // tar's members begin at multiples of 512.
 //
-// The same calls give the same bytes. A Tree is bounded: MaxEntries, MaxMetadata.
+// The same calls give the same bytes. A Tree is bounded: maxEntries, maxMetadata.
 package erofs
 
 import (
@@ -23,10 +23,10 @@ import (
 
 // Limits of one file system. They keep a Tree below some 150 MB.
 const (
-	MaxEntries  = 1 << 19  // names
-	MaxMetadata = 32 << 20 // bytes of names, link targets and extended attributes
-	MaxName     = 255      // bytes of one name
-	MaxPath     = 4095     // bytes of a path or of a link's target
+	maxEntries  = 1 << 19  // names
+	maxMetadata = 32 << 20 // bytes of names, link targets and extended attributes
+	maxName     = 255      // bytes of one name
+	maxPath     = 4095     // bytes of a path or of a link's target
 	maxXattrs   = 60 << 10 // bytes of one inode's extended attributes
 	maxHops     = 40       // symbolic links on the way to a name
 )
@@ -63,7 +63,7 @@ type Entry struct {
 	Xattrs       map[string]string // full name to value
 }
 
-// inode is kept small: there may be MaxEntries of them.
+// inode is kept small: there may be maxEntries of them.
 type inode struct {
 	start, size int64 // start: of the data in the image
 	mtime       int64
@@ -168,7 +168,7 @@ func (t *Tree) check(e Entry) error {
 			return fmt.Errorf("%w: data of %d bytes at %d", ErrBadEntry, e.Size, e.Start)
 		}
 	case TypeSymlink:
-		if e.Target == "" || len(e.Target) > MaxPath || strings.Contains(e.Target, "\x00") {
+		if e.Target == "" || len(e.Target) > maxPath || strings.Contains(e.Target, "\x00") {
 			return fmt.Errorf("%w: a symbolic link's target of %d bytes", ErrBadEntry, len(e.Target))
 		}
 	case TypeChar, TypeBlock:
@@ -270,16 +270,16 @@ func (t *Tree) In(dirs ...string) []string {
 
 // put gives n a name in dir, and returns what lies there then.
 func (t *Tree) put(dir *inode, name string, n *inode) (*inode, error) {
-	if len(name) > MaxName {
-		return nil, fmt.Errorf("%w: a part of %d bytes, more than %d", ErrBadName, len(name), MaxName)
+	if len(name) > maxName {
+		return nil, fmt.Errorf("%w: a part of %d bytes, more than %d", ErrBadName, len(name), maxName)
 	}
 	t.entries++
 	t.meta += len(name)
-	if t.entries > MaxEntries {
-		return nil, fmt.Errorf("%w: more than %d entries", ErrLimit, MaxEntries)
+	if t.entries > maxEntries {
+		return nil, fmt.Errorf("%w: more than %d entries", ErrLimit, maxEntries)
 	}
-	if t.meta > MaxMetadata {
-		return nil, fmt.Errorf("%w: more than %d bytes of names, link targets and attributes", ErrLimit, MaxMetadata)
+	if t.meta > maxMetadata {
+		return nil, fmt.Errorf("%w: more than %d bytes of names, link targets and attributes", ErrLimit, maxMetadata)
 	}
 	old := dir.more.children[name]
 	if n.is(TypeDir) {
@@ -302,8 +302,8 @@ func (n *inode) adopt(from *inode) {
 
 // parent finds the directory and the last name of path. The root has neither.
 func (t *Tree) parent(path string, create bool) (*inode, string, error) {
-	if len(path) > MaxPath {
-		return nil, "", fmt.Errorf("%w: a path of %d bytes, more than %d", ErrBadName, len(path), MaxPath)
+	if len(path) > maxPath {
+		return nil, "", fmt.Errorf("%w: a path of %d bytes, more than %d", ErrBadName, len(path), maxPath)
 	}
 	parts := split(path)
 	if slices.Contains(parts, "..") || strings.Contains(path, "\x00") {
@@ -399,7 +399,7 @@ func encodeXattrs(xattrs map[string]string, opaque bool) ([]byte, error) {
 			continue
 		}
 		value := xattrs[full]
-		if len(name) > MaxName || len(out)+len(name)+len(value) > maxXattrs {
+		if len(name) > maxName || len(out)+len(name)+len(value) > maxXattrs {
 			return nil, fmt.Errorf("%w: extended attributes over %d bytes", ErrLimit, maxXattrs)
 		}
 		put(index, name, value)

@@ -278,7 +278,7 @@ func TestDamagedTars(t *testing.T) {
 // Limits are counted, not measured: what was replaced counts too.
 func TestLimits(t *testing.T) {
 	tree := New(512, treeTime)
-	tree.entries = MaxEntries - 1
+	tree.entries = maxEntries - 1
 	if err := tree.Add("a", Entry{Mode: TypeRegular}); err != nil {
 		t.Fatal(err)
 	}
@@ -286,7 +286,7 @@ func TestLimits(t *testing.T) {
 		t.Errorf("one entry too many: %v", err)
 	}
 	tree = New(512, treeTime)
-	tree.meta = MaxMetadata - 10
+	tree.meta = maxMetadata - 10
 	if err := tree.Add("a", Entry{Mode: TypeSymlink, Target: "0123456789"}); !errors.Is(err, ErrLimit) {
 		t.Errorf("too much metadata: %v", err)
 	}

@@ -10,8 +10,8 @@ import (
 	"strings"
 )
 
-// MaxCopied bounds the bytes of one layer's members that AddTar has to copy.
-const MaxCopied = 1 << 30
+// maxCopied bounds the bytes of one layer's members that AddTar has to copy.
+const maxCopied = 1 << 30
 
 // Marks in layers, of the OCI image specification's layer.md.
 const (
@@ -51,8 +51,8 @@ func (t *Tree) AddTar(r io.Reader, base int64, copies io.Writer) (size int64, er
 		if n == nil || !n.is(TypeRegular) || !sparse(h) {
 			continue
 		}
-		if h.Size > MaxCopied-copyEnd {
-			return in.n, fmt.Errorf("entry %.200q: %w: sparse members of more than %d bytes", h.Name, ErrLimit, int64(MaxCopied))
+		if h.Size > maxCopied-copyEnd {
+			return in.n, fmt.Errorf("entry %.200q: %w: sparse members of more than %d bytes", h.Name, ErrLimit, int64(maxCopied))
 		}
 		if _, err := io.Copy(copies, tr); err != nil {
 			return in.n, fmt.Errorf("entry %.200q: copy: %w", h.Name, err)

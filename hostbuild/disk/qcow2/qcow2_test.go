@@ -227,7 +227,7 @@ func TestWriterRefusesOutside(t *testing.T) {
 			t.Errorf("a write at %d of a disk of 4096 was accepted", off)
 		}
 	}
-	for _, size := range []int64{-1, 0, MaxSize + 1} {
+	for _, size := range []int64{-1, 0, maxSize + 1} {
 		if _, err := NewWriter(f, size); err == nil {
 			t.Errorf("size %d accepted", size)
 		}

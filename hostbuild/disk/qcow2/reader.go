@@ -61,8 +61,8 @@ func NewReader(f io.ReaderAt, fileSize int64) (*Reader, error) {
 		return refuse("it has a backing file")
 	case bits < 9 || bits > 21:
 		return refuse("clusters of 2^%d bytes", bits)
-	case size > MaxSize:
-		return refuse("virtual size of %d bytes, more than %d", size, int64(MaxSize))
+	case size > maxSize:
+		return refuse("virtual size of %d bytes, more than %d", size, int64(maxSize))
 	case u32(32) != 0:
 		return refuse("it is encrypted")
 	}

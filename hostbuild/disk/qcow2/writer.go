@@ -27,8 +27,8 @@ const (
 	copied      = 1 << 63 // the cluster has one reference and may be written in place
 )
 
-// MaxSize bounds the virtual size of images, in bytes.
-const MaxSize = 16 << 40
+// maxSize bounds the virtual size of images, in bytes.
+const maxSize = 16 << 40
 
 // Writer makes an image. Allocate and WriteAt may be called concurrently.
 type Writer struct {
@@ -42,7 +42,7 @@ type Writer struct {
 
 // NewWriter starts an image of size virtual bytes in f, an empty file.
 func NewWriter(f io.WriterAt, size int64) (*Writer, error) {
-	if size <= 0 || size > MaxSize {
+	if size <= 0 || size > maxSize {
 		return nil, fmt.Errorf("qcow2: size %d is out of range", size)
 	}
 	tables := ceil(ceil(size, clusterSize), perL2)

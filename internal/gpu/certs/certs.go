@@ -28,8 +28,8 @@ var deviceRoot []byte
 //go:embed nvidia-rim-root.pem
 var rimRoot []byte
 
-// MaxSize is the longest chain that is read, in bytes of PEM; NVML's buffer has 5120.
-const MaxSize = 16 << 10
+// maxSize is the longest chain that is read, in bytes of PEM; NVML's buffer has 5120.
+const maxSize = 16 << 10
 
 // deviceLength is the number of certificates of a device's chain: attestation
 // key, identity key, provisioner, family, root.
@@ -63,8 +63,8 @@ func mustRoot(text []byte) *x509.Certificate {
 // ParsePEM reads a chain of PEM certificates with nothing between them but white
 // space. NULs at the end, the rest of a C buffer, are left out.
 func ParsePEM(text []byte) ([]*x509.Certificate, error) {
-	if len(text) > MaxSize {
-		return nil, fmt.Errorf("%w: %d bytes, at most %d are read", ErrStructure, len(text), MaxSize)
+	if len(text) > maxSize {
+		return nil, fmt.Errorf("%w: %d bytes, at most %d are read", ErrStructure, len(text), maxSize)
 	}
 	var chain []*x509.Certificate
 	for text = bytes.TrimSpace(bytes.TrimRight(text, "\x00")); len(text) > 0; text = bytes.TrimSpace(text) {

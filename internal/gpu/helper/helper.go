@@ -28,8 +28,8 @@ import (
 	"coffer/internal/gpu"
 )
 
-// MaxAnswer bounds an answer: the evidence of 16 GPUs.
-const MaxAnswer = 512 << 10
+// maxAnswer bounds an answer: the evidence of 16 GPUs.
+const maxAnswer = 512 << 10
 
 // Operations of a Request.
 const (
@@ -209,7 +209,7 @@ func (h *Helper) run(ctx context.Context, r Request) ([]byte, error) {
 	if err != nil {
 		return nil, err
 	}
-	out, errs := &limited{limit: MaxAnswer}, &limited{limit: 4 << 10}
+	out, errs := &limited{limit: maxAnswer}, &limited{limit: 4 << 10}
 	cmd := exec.CommandContext(ctx, h.Path, "--library", h.Library)
 	cmd.Env = append([]string{}, h.Env...) // not nil, which would be ours
 	cmd.Dir = "/"
@@ -225,7 +225,7 @@ func (h *Helper) run(ctx context.Context, r Request) ([]byte, error) {
 	case ctx.Err() != nil:
 		return nil, problem(CodeTimeout, "%s: gpu-helper gave no answer in time: %w", r.Op, ctx.Err())
 	case out.over:
-		return nil, problem(CodeAnswer, "%s: gpu-helper answered with more than %d bytes", r.Op, MaxAnswer)
+		return nil, problem(CodeAnswer, "%s: gpu-helper answered with more than %d bytes", r.Op, maxAnswer)
 	case errors.As(err, &exit):
 		return nil, problem(CodeCrash, "%s: gpu-helper ended: %w: %.300q", r.Op, err, tail)
 	case err != nil:

@@ -21,7 +21,6 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
 	"math/big"
 	"net/http"
 	"strconv"
@@ -30,13 +29,14 @@ import (
 	"time"
 
 	"coffer/internal/gpu"
+	"coffer/internal/strict"
 )
 
 // URL is NVIDIA's service.
 const URL = "https://nras.attestation.nvidia.com"
 
-// MaxSize is the longest answer that is read.
-const MaxSize = 1 << 20
+// maxSize is the longest answer that is read.
+const maxSize = 1 << 20
 
 // leeway is how far the service's clock may differ from ours.
 const leeway = 2 * time.Minute
@@ -322,13 +322,10 @@ func (c *Client) do(ctx context.Context, method, path string, body []byte) ([]by
 		return nil, fail(CodeUnreachable, "%w", err)
 	}
 	defer resp.Body.Close()
-	answer, err := io.ReadAll(io.LimitReader(resp.Body, MaxSize+1))
-	if err == nil && len(answer) > MaxSize {
-		err = fmt.Errorf("%s: more than %d bytes", path, MaxSize)
-	}
+	answer, err := strict.ReadAll(resp.Body, maxSize)
 	switch status := resp.StatusCode; {
 	case err != nil:
-		return nil, fail(CodeUnreachable, "%w", err)
+		return nil, fail(CodeUnreachable, "%s: %w", path, err)
 	case status == http.StatusOK:
 		return answer, nil
 	case status >= 500 || status == http.StatusTooManyRequests || status == http.StatusUnauthorized || status == http.StatusForbidden || body == nil:

@@ -3,6 +3,8 @@ package ocsp
 import (
 	"os"
 	"path/filepath"
+
+	"coffer/internal/strict"
 )
 
 // Dir keeps answers as files <key>.ocsp of a folder. A bundle can carry such a
@@ -11,11 +13,7 @@ type Dir string
 
 // Get implements Store.
 func (d Dir) Get(key string) ([]byte, bool) {
-	info, err := os.Stat(d.path(key))
-	if err != nil || info.Size() > MaxSize {
-		return nil, false
-	}
-	b, err := os.ReadFile(d.path(key))
+	b, err := strict.ReadFile(d.path(key), maxSize)
 	return b, err == nil
 }
 

@@ -22,13 +22,15 @@ import (
 	"net/http"
 	"slices"
 	"time"
+
+	"coffer/internal/strict"
 )
 
 // URL is NVIDIA's responder. Certificates name the same host by http.
 const URL = "https://ocsp.ndis.nvidia.com"
 
-// MaxSize is the longest answer that is read.
-const MaxSize = 64 << 10
+// maxSize is the longest answer that is read.
+const maxSize = 64 << 10
 
 // skew is how far the responder's clock may be ahead of ours.
 const skew = 5 * time.Minute
@@ -125,11 +127,7 @@ func (c *Client) ask(ctx context.Context, q *question) ([]byte, error) {
 	if resp.StatusCode != http.StatusOK {
 		return nil, fmt.Errorf("it answered %s", resp.Status)
 	}
-	raw, err := io.ReadAll(io.LimitReader(resp.Body, MaxSize+1))
-	if err == nil && len(raw) > MaxSize {
-		err = fmt.Errorf("it answered with more than %d bytes", MaxSize)
-	}
-	return raw, err
+	return strict.ReadAll(resp.Body, maxSize)
 }
 
 var (

@@ -27,8 +27,8 @@ import (
 	"coffer/internal/gpu/certs"
 )
 
-// MaxSize is the largest RIM that is read; NVIDIA's have up to 27 kB.
-const MaxSize = 1 << 20
+// maxSize is the largest RIM that is read; NVIDIA's have up to 27 kB.
+const maxSize = 1 << 20
 
 // The namespaces and algorithms of a RIM.
 const (
@@ -86,8 +86,8 @@ type Entry struct {
 
 // Parse reads a RIM. It checks form only.
 func Parse(data []byte) (*RIM, error) {
-	if len(data) > MaxSize {
-		return nil, fmt.Errorf("%w: %d bytes, at most %d are read", ErrFormat, len(data), MaxSize)
+	if len(data) > maxSize {
+		return nil, fmt.Errorf("%w: %d bytes, at most %d are read", ErrFormat, len(data), maxSize)
 	}
 	root, err := parseXML(data)
 	if err != nil {

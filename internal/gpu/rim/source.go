@@ -7,7 +7,7 @@ import (
 	"encoding/json"
 	"errors"
 	"fmt"
-	"io"
+	"io/fs"
 	"net/http"
 	"net/url"
 	"os"
@@ -17,6 +17,8 @@ import (
 	"strings"
 	"sync"
 	"time"
+
+	"coffer/internal/strict"
 )
 
 // ErrNotFound is an id that a source has no RIM of.
@@ -64,16 +66,17 @@ func (d Dir) RIMs(_ context.Context, id string) ([]File, error) {
 	if err := CheckID(id); err != nil {
 		return nil, err
 	}
-	names, err := filepath.Glob(filepath.Join(escapeGlob(d.Path), id+"*.xml"))
+	names, err := fs.Glob(os.DirFS(d.Path), id+"*.xml")
 	if err != nil {
 		return nil, fmt.Errorf("folder of RIMs %s: %w", d.Path, err)
 	}
 	var files []File
 	var unpinned []string
 	for _, name := range names {
-		if fileID, ok := FileID(name); !ok || fileID != id && filepath.Base(name) != id+".xml" {
+		if fileID, ok := FileID(name); !ok || fileID != id && name != id+".xml" {
 			continue
 		}
+		name = filepath.Join(d.Path, name)
 		file, err := ReadFile(name)
 		if err != nil {
 			return nil, err
@@ -104,22 +107,16 @@ func FileID(name string) (id string, ok bool) {
 	return id, ok && CheckID(id) == nil
 }
 
+// maxAnswer bounds a file, and a service's answer that holds one.
+const maxAnswer = 2 * maxSize
+
 // ReadFile reads a RIM's file.
 func ReadFile(name string) (File, error) {
-	f, err := os.Open(name)
+	data, err := strict.ReadFile(name, maxAnswer)
 	if err != nil {
 		return File{}, fmt.Errorf("RIM: %w", err)
 	}
-	defer f.Close()
-	data, err := readAll(f)
-	if err != nil {
-		return File{}, fmt.Errorf("RIM %s: %w", name, err)
-	}
 	return newFile(name, data), nil
-}
-
-func escapeGlob(path string) string {
-	return regexp.MustCompile(`[*?\[\\]`).ReplaceAllString(path, `\$0`)
 }
 
 // ServiceURL is NVIDIA's RIM service.
@@ -187,7 +184,7 @@ func (s Service) get(ctx context.Context, path string, answer any) (address stri
 	default:
 		return address, fmt.Errorf("RIM service: %s answered %s", address, resp.Status)
 	}
-	body, err := readAll(resp.Body)
+	body, err := strict.ReadAll(resp.Body, maxAnswer)
 	if err == nil {
 		err = json.Unmarshal(body, answer)
 	}
@@ -195,16 +192,6 @@ func (s Service) get(ctx context.Context, path string, answer any) (address stri
 		return address, fmt.Errorf("RIM service: answer of %s: %w", address, err)
 	}
 	return address, nil
-}
-
-// readAll reads a RIM or an answer that holds one.
-func readAll(r io.Reader) ([]byte, error) {
-	const limit = 2 * MaxSize
-	b, err := io.ReadAll(io.LimitReader(r, limit+1))
-	if err == nil && len(b) > limit {
-		err = fmt.Errorf("more than %d bytes", limit)
-	}
-	return b, err
 }
 
 // First is sources in order: the first that has an id counts.

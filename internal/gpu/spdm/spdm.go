@@ -21,8 +21,8 @@ import (
 	"strings"
 )
 
-// MaxSize is the size of NVML's buffer for a report.
-const MaxSize = 8192
+// maxSize is the size of NVML's buffer for a report.
+const maxSize = 8192
 
 const (
 	version       = 0x11
@@ -89,8 +89,8 @@ type Report struct {
 
 // Parse reads a report.
 func Parse(b []byte) (*Report, error) {
-	if len(b) > MaxSize {
-		return nil, fmt.Errorf("%w: %d bytes, at most %d are possible", ErrFormat, len(b), MaxSize)
+	if len(b) > maxSize {
+		return nil, fmt.Errorf("%w: %d bytes, at most %d are possible", ErrFormat, len(b), maxSize)
 	}
 	c := cursor{b: b}
 	r := &Report{}
