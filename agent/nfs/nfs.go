@@ -208,23 +208,28 @@ func (k *Keeper) try(ctx context.Context) (data string, err error) {
 	}
 	addr := addrs[0].Unmap()
 	source := Export{addr.String(), k.Export.Path}.String()
+	var old error // what version 3 ended in
 	for _, data = range options(addr) {
 		next := k.call(ctx, "mount", func() error { return k.Sys.Mount(k.Drive, source, data) })
 		if next == nil {
 			return data, nil
 		}
-		// What the first version says is about the server; what the last says
-		// may only be that it is old.
-		if err == nil {
-			err = next
-		}
 		if ctx.Err() != nil || errors.Is(next, errTarget) {
 			return "", next
 		}
+		if err == nil {
+			err = next
+		}
+		if strings.HasPrefix(data, "vers=3,") {
+			old = next
+		}
 		if errors.Is(next, unix.ECONNREFUSED) || errors.Is(next, unix.EHOSTUNREACH) || errors.Is(next, unix.ENETUNREACH) ||
 			errors.Is(next, unix.ETIMEDOUT) || errors.Is(next, unix.EACCES) {
-			return "", next // whatever the version
+			break // whatever the version
 		}
+	}
+	if old != nil {
+		err = fmt.Errorf("NFS 4: %w; NFS 3, its mount protocol at port %d or where port 111 says: %w", err, Port, old)
 	}
 	return "", err
 }

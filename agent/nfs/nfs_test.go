@@ -116,6 +116,7 @@ func TestTarget(t *testing.T) {
 // server is an NFS server as the kernel's client sees it.
 type server struct {
 	oldest  string // highest version that it speaks
+	mountd  error  // of its mount protocol
 	away    bool
 	stale   bool
 	mounted string
@@ -130,6 +131,8 @@ func (s *server) Mount(_, source, data string) error {
 		return unix.ECONNREFUSED
 	case !strings.Contains(data, "vers="+s.oldest+","):
 		return unix.EPROTONOSUPPORT
+	case s.mountd != nil:
+		return s.mountd
 	}
 	s.mounted, s.stale = data, false
 	s.mounts++
@@ -183,6 +186,22 @@ func TestVersions(t *testing.T) {
 			t.Errorf("tried first %q", s.tried[0])
 		}
 	}
+}
+
+// What keeps a server of version 3 from being mounted is told, not only that it
+// knows no newer one.
+func TestMountProtocolClosed(t *testing.T) {
+	s := &server{oldest: "3", mountd: unix.ECONNREFUSED}
+	keep(t, s, func(lines func() string) {
+		if want := "is not mounted: NFS 4: protocol not supported; NFS 3, its mount protocol at port 2049 or where port 111 says: connection refused"; !strings.Contains(lines(), want) {
+			t.Errorf("%s\nwant %s", lines(), want)
+		}
+		s.mountd = nil
+		time.Sleep(retryMax)
+		if !strings.Contains(lines(), "is mounted at") {
+			t.Error(lines())
+		}
+	})
 }
 
 // A server that is not there at first is waited for; the log tells it once.

@@ -185,14 +185,12 @@ func apply(link netlink.Link, n *Network) error {
 		IP:   n.Address.Addr().AsSlice(),
 		Mask: net.CIDRMask(n.Address.Bits(), n.Address.Addr().BitLen()),
 	}}
-	if err := netlink.AddrReplace(link, addr); err != nil {
-		return fmt.Errorf("set address %s: %w", n.Address, err)
-	}
 	if n.Address.Addr().Is4() {
 		old, err := netlink.AddrList(link, netlink.FAMILY_V4)
 		if err != nil {
 			return fmt.Errorf("list addresses: %w", err)
 		}
+		// First, since an address takes those of its network that came later with it.
 		for _, o := range old {
 			if o.IPNet.String() != addr.IPNet.String() {
 				if err := netlink.AddrDel(link, &o); err != nil {
@@ -200,6 +198,9 @@ func apply(link netlink.Link, n *Network) error {
 				}
 			}
 		}
+	}
+	if err := netlink.AddrReplace(link, addr); err != nil {
+		return fmt.Errorf("set address %s: %w", n.Address, err)
 	}
 	if !n.Gateway.IsValid() {
 		return nil

@@ -271,7 +271,8 @@ func TestStatic(t *testing.T) {
 		}{
 			{guestconfig.Static{Address: "10.9.0.2/24", Gateway: "10.9.0.1", DNS: []string{"10.9.0.1"}}, "10.9.0.2/24 via 10.9.0.1"},
 			{guestconfig.Static{Address: "10.9.0.2/24", Gateway: "10.9.0.1"}, "10.9.0.2/24 via 10.9.0.1"}, // again
-			{guestconfig.Static{Address: "10.9.7.7/32", Gateway: "10.9.7.1"}, "10.9.7.7/32 via 10.9.7.1"}, // another
+			{guestconfig.Static{Address: "10.9.0.3/24", Gateway: "10.9.0.1"}, "10.9.0.3/24 via 10.9.0.1"}, // another of this network
+			{guestconfig.Static{Address: "10.9.7.7/32", Gateway: "10.9.7.1"}, "10.9.7.7/32 via 10.9.7.1"}, // of another
 		} {
 			ctx, cancel := context.WithTimeout(t.Context(), 20*time.Second)
 			defer cancel()

@@ -193,9 +193,9 @@ func freePorts(t *testing.T, n int) []int {
 	return ports
 }
 
-// answers reports whether an echo comes back from a host port that QEMU forwards.
-func answers(network string, port int) bool {
-	c, err := net.DialTimeout(network, fmt.Sprintf("127.0.0.1:%d", port), 5*time.Second)
+// answers reports whether an echo comes back from an address.
+func answers(network, addr string) bool {
+	c, err := net.DialTimeout(network, addr, 5*time.Second)
 	if err != nil {
 		return false
 	}
@@ -248,14 +248,14 @@ func TestGuestConfinement(t *testing.T) {
 		port    int
 		want    bool
 	}{{"tcp", in[0], true}, {"udp", in[1], true}, {"tcp", in[2], false}, {"udp", in[3], false}} {
-		if got := answers(c.network, c.port); got != c.want {
+		if got := answers(c.network, fmt.Sprintf("127.0.0.1:%d", c.port)); got != c.want {
 			t.Errorf("%s port %d of the host is answered by the guest: %v, want %v", c.network, slices.Index(in, c.port), got, c.want)
 		}
 	}
 	g.expect(`workload: probe: done ok`)
 
 	status := probed(g)
-	for _, name := range []string{"tcp-out-allowed", "udp-out-allowed", "loopback"} {
+	for _, name := range []string{"tcp-out-allowed", "udp-out-allowed", "tcp6-out-allowed", "udp6-out-allowed", "loopback"} {
 		if status[name] != "ok" {
 			t.Errorf("%s: %q", name, status[name])
 		}
@@ -303,7 +303,9 @@ func TestGuestConfinement(t *testing.T) {
 	}
 }
 
-// Boots that a host's doing must end, each with its own code.
+// Boots that a host's doing must end, each with its own code. The clock is among
+// them, and not among what a host does to a running guest: the kernel reads the
+// host's clock once, at its start.
 func TestGuestRefusesTheHost(t *testing.T) {
 	l := setupKBS(t)
 	b := l.probeBundle(t, "", "tick")
@@ -519,6 +521,7 @@ func (p *throttle) trickle(on bool) {
 // outage: the KBS is away for less than max_staleness, trickles, and is away for
 // longer, while the workload fills /applog and floods its log.
 func TestGuestKBSOutage(t *testing.T) {
+	t.Parallel()
 	l := setupKBS(t)
 	// The guest asks the throttle, on the port that its settings name.
 	p := newThrottle(t, l.kbs.Listen)
@@ -576,11 +579,71 @@ func TestGuestKBSOutage(t *testing.T) {
 	g.expect(`attestation action=start_job`)
 	g.expect(`workload: probe: alive ok`)
 
+	// A refusal is acted on at once, and is as little for good.
+	l.policyRemove(t, b.ID)
+	g.expect(`attestation action=stop_job reason="round \d+ was negative: `)
+	g.expect(`workload exited code=137 signal=9`)
+	l.policyAdd(t, b.Dir)
+	g.expect(`attestation action=start_job reason="a round passed"`)
+	g.expect(`workload: probe: alive ok`)
+
 	// A chip that does not answer any more carries the workload no longer than a
 	// KBS that does not.
 	killSimplatform(t, b)
 	g.expect(`attestation action=stop_job`)
 	g.expect(`workload exited code=137 signal=9`)
+}
+
+// A rule that is removed ends a guest whose failure_action is shutdown; one whose
+// failure_action is log goes on, and tells each round.
+func TestGuestFailureAction(t *testing.T) {
+	t.Parallel()
+	l := setupKBS(t)
+	begin := func(action string) *guest {
+		return bootLong(t, l.probeBundle(t, "cc_attestation:\n  check_frequency: 2\n  failure_action: "+action+"\n", "tick"), "--stop-timeout", "90")
+	}
+	ends, goesOn := begin("shutdown"), begin("log")
+	for _, g := range []*guest{ends, goesOn} {
+		g.expect(`workload: probe: tick ok 1 `)
+	}
+	for _, g := range []*guest{ends, goesOn} {
+		l.policyRemove(t, g.b.ID)
+	}
+
+	ends.expect(`attestation round=\d+ verdict=negative.*code=E_KBS_DENIED`)
+	ends.expect(`attestation action=stop_job reason="round \d+ was negative: `)
+	ends.expect(`workload exited code=137 signal=9`)
+	ends.off()
+	_, after, _ := strings.Cut(ends.failed("run", "E_ATTESTATION", " was negative: "), "attestation action=stop_job")
+	if strings.Contains(after, "workload: probe: tick") {
+		t.Errorf("the workload ran on:\n%s", after)
+	}
+
+	goesOn.expect(`attestation action=log reason="round \d+ was negative: `)
+	for range 2 {
+		goesOn.expect(`workload: probe: tick ok \d+ `)
+		goesOn.expect(`attestation round=\d+ verdict=negative.*code=E_KBS_DENIED`)
+	}
+	l.policyAdd(t, goesOn.b.Dir)
+	goesOn.expect(`attestation round=\d+ verdict=pass`)
+	goesOn.expect(`workload: probe: tick ok \d+ `)
+	goesOn.Stop()
+	goesOn.expect(`coffer: power off reason="power button"`)
+	goesOn.off()
+	text := goesOn.Console.Text()
+	if n := strings.Count(text, "attestation action="); n != 1 {
+		t.Errorf("the outage is told %d times besides its rounds", n)
+	}
+	var told []round
+	for _, m := range regexp.MustCompile(`attestation round=\d+ verdict=(\w+) reason="[^"]*"(?: code=(\w+))?`).FindAllStringSubmatch(text, -1) {
+		told = append(told, round{m[1], m[2]})
+	}
+	if logged := l.rounds(t, goesOn.b); !slices.Equal(logged, told) {
+		t.Errorf("rounds in applog: %v, on the console: %v", logged, told)
+	}
+	if t.Failed() {
+		t.Log(text)
+	}
 }
 
 // A KBS that refuses connections for longer than max_staleness ends the guest: that

@@ -21,8 +21,17 @@ type ganesha struct {
 	cmd *exec.Cmd
 }
 
-func (g *ganesha) start(t *testing.T) {
+// start starts it with one version of the protocol, and the mount protocol of
+// version 3 at a port.
+func (g *ganesha) start(t *testing.T, version, mountPort int) {
 	t.Helper()
+	write(t, g.dir+"/conf", fmt.Appendf(nil, `
+NFS_CORE_PARAM { NFS_Port = 2049; MNT_Port = %[2]d; Protocols = %[1]d; Enable_NLM = false; Enable_RQUOTA = false; Enable_UDP = false; }
+NFSv4 { Graceless = true; RecoveryRoot = %[3]s; Only_Numeric_Owners = true; }
+NFS_KRB5 { Active_krb5 = false; }
+EXPORT { Export_Id = 1; Path = /mem; Pseudo = /mem; Access_Type = RW; Squash = None; Protocols = %[1]d; Transports = TCP; SecType = sys; FSAL { Name = MEM; } }
+LOG { Default_Log_Level = EVENT; }
+`, version, mountPort, g.dir))
 	g.cmd = exec.Command(testenv.LookTool(t, "ganesha.nfsd"), "-F", "-L", g.dir+"/log", "-f", g.dir+"/conf", "-p", g.dir+"/pid")
 	if err := g.cmd.Start(); err != nil {
 		t.Fatal(err)
@@ -44,22 +53,11 @@ func (g *ganesha) kill() {
 	g.cmd.Wait()
 }
 
-// A site names its export on the user_data drive; the server goes away and comes
-// back without a memory of its clients.
-func TestNFS(t *testing.T) {
-	testenv.LookTool(t, "ganesha.nfsd") // Debian: nfs-ganesha, nfs-ganesha-mem
+// nfsGuest boots a guest that may reach port 2049 alone, and whose workload writes
+// to the export that the site has named on the user_data drive.
+func nfsGuest(t *testing.T) *guest {
+	t.Helper()
 	l := setupKBS(t)
-	s := &ganesha{dir: t.TempDir()}
-	write(t, s.dir+"/conf", fmt.Appendf(nil, `
-NFS_CORE_PARAM { NFS_Port = 2049; Protocols = 4; Enable_NLM = false; Enable_RQUOTA = false; Enable_UDP = false; Bind_addr = 127.0.0.1; }
-NFSv4 { Graceless = true; RecoveryRoot = %s; Only_Numeric_Owners = true; }
-NFS_KRB5 { Active_krb5 = false; }
-EXPORT { Export_Id = 1; Path = /mem; Pseudo = /mem; Access_Type = RW; Squash = None; Protocols = 4; Transports = TCP; SecType = sys; FSAL { Name = MEM; } }
-LOG { Default_Log_Level = EVENT; }
-`, s.dir))
-	s.start(t)
-	defer func() { s.kill() }()
-
 	busybox, err := os.ReadFile(testenv.LookTool(t, "busybox"))
 	if err != nil {
 		t.Fatal(err)
@@ -89,13 +87,44 @@ LOG { Default_Log_Level = EVENT; }
 	if _, err := l.env.Run(ctx, "hostbuild", "drive", "put", b.File("user_data.qcow2"), dir+"/ext_mount.conf", "/ext_mount.conf"); err != nil {
 		t.Fatal(err)
 	}
-	g := boot(t, b)
+	return boot(t, b)
+}
+
+// A site's server goes away and comes back without a memory of its clients.
+func TestNFS(t *testing.T) {
+	testenv.LookTool(t, "ganesha.nfsd") // Debian: nfs-ganesha, nfs-ganesha-mem
+	ownNamespace(t)
+	s := &ganesha{dir: t.TempDir()}
+	s.start(t, 4, 0)
+	defer func() { s.kill() }()
+	g := nfsGuest(t)
 	g.expect(`coffer: the guest's own ports out=.*,nfs:2049/tcp`)
 	g.expect(`nfs 10\.0\.2\.2:/mem is mounted at /user_data/mnt options="vers=4\.`)
 	g.expect(`workload: round \d+: tick \d+ on nfs`)
 	s.kill()
 	g.expect(`attestation round=\d+ verdict=pass`) // the outage holds up nothing else
-	s.start(t)
+	s.start(t, 4, 0)
 	g.expect(`workload: round \d+: tick \d+ on nfs`)
+	g.Kill()
+}
+
+// A server that speaks version 3 alone, with its mount protocol at a port that is
+// closed to the guest: that is told, and nothing else is held up.
+func TestNFS3(t *testing.T) {
+	testenv.LookTool(t, "ganesha.nfsd")
+	ownNamespace(t)
+	rpcbind := exec.Command(testenv.LookTool(t, "rpcbind"), "-f") // which ganesha asks for with version 3
+	if err := rpcbind.Start(); err != nil {
+		t.Fatal(err)
+	}
+	defer rpcbind.Wait()
+	defer rpcbind.Process.Kill()
+	s := &ganesha{dir: t.TempDir()}
+	s.start(t, 3, 20048)
+	defer func() { s.kill() }()
+	g := nfsGuest(t)
+	g.expect(`nfs 10\.0\.2\.2:/mem is not mounted: NFS 4: .*; NFS 3, its mount protocol at port 2049 or where port 111 says: connection refused`)
+	g.expect(`workload: round \d+: tick \d+ on ext`)
+	g.expect(`attestation round=\d+ verdict=pass`)
 	g.Kill()
 }

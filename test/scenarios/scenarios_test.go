@@ -306,6 +306,13 @@ func (l *line) policyAdd(t *testing.T, dir string) {
 	}
 }
 
+func (l *line) policyRemove(t *testing.T, id string) {
+	t.Helper()
+	if _, err := l.env.Run(t.Context(), "hostbuild", "--settings", l.settings, "policy", "remove", id); err != nil {
+		t.Fatal(err)
+	}
+}
+
 // headerRewritten edits both LUKS2 headers as a host can: no key is involved in
 // their checksum (facts: LUKS2 On-Disk Format Specification 1.0, section 2).
 func headerRewritten(t *testing.T, l *line, encryption string) {
@@ -373,9 +380,7 @@ func ruleRemoved(t *testing.T, l *line) {
 	g := boot(t, b)
 	g.expect(`workload: work unit 1 done`)
 	g.expect(`attestation round=\d+ verdict=pass`)
-	if _, err := l.env.Run(t.Context(), "hostbuild", "--settings", l.settings, "policy", "remove", l.b.ID); err != nil {
-		t.Fatal(err)
-	}
+	l.policyRemove(t, l.b.ID)
 	// A round that was under way may still pass; the next one must not.
 	removed := len(g.Console.All())
 	g.expect(`attestation round=\d+ verdict=negative.*code=E_KBS_DENIED`)
@@ -391,22 +396,38 @@ func ruleRemoved(t *testing.T, l *line) {
 	g.expect(`workload exited code=137 signal=9`)
 	g.off()
 
-	out, err := l.env.Run(t.Context(), "hostbuild", "drive", "cat", b.File("applog.qcow2"), "/attestation.jsonl")
-	if err != nil {
-		t.Fatal(err)
-	}
-	lines := strings.Split(strings.TrimSpace(out), "\n")
-	var lastRound struct{ Verdict, Code string }
-	if err := json.Unmarshal([]byte(lines[len(lines)-1]), &lastRound); err != nil {
-		t.Fatal(err)
-	}
-	if lastRound.Verdict != "negative" || lastRound.Code != "E_KBS_DENIED" {
-		t.Errorf("last round in applog: %s", lines[len(lines)-1])
+	rounds := l.rounds(t, b)
+	if last := rounds[len(rounds)-1]; last != (round{"negative", "E_KBS_DENIED"}) {
+		t.Errorf("last round in applog: %s", last)
 	}
 
 	again := boot(t, b)
 	again.refused("key", "E_KBS_DENIED", "policy")
 	l.policyAdd(t, b.Dir)
+}
+
+// round is a line of attestation.jsonl.
+type round struct{ Verdict, Code string }
+
+// rounds are those that a guest which is off has logged, one at least.
+func (l *line) rounds(t *testing.T, b *harness.Bundle) []round {
+	t.Helper()
+	out, err := l.env.Run(t.Context(), "hostbuild", "drive", "cat", b.File("applog.qcow2"), "/attestation.jsonl")
+	if err != nil {
+		t.Fatal(err)
+	}
+	var rounds []round
+	for line := range strings.Lines(out) {
+		var r round
+		if err := json.Unmarshal([]byte(line), &r); err != nil {
+			t.Fatalf("attestation.jsonl: %q: %v", line, err)
+		}
+		rounds = append(rounds, r)
+	}
+	if len(rounds) == 0 {
+		t.Fatal("attestation.jsonl is empty")
+	}
+	return rounds
 }
 
 func kbsUnreachable(t *testing.T, l *line) {

@@ -42,6 +42,8 @@ func main() {
 		applog()
 	case "tick":
 		tick(args)
+	case "serve":
+		serve()
 	case "exit":
 		say("exit", "ok", args[0])
 		code, _ := strconv.Atoi(args[0])
@@ -85,13 +87,7 @@ const patience = 5 * time.Second
 // network takes host ports: TCP and UDP that are allowed, then the same denied.
 // At each of them a server of the host's answers with what it is sent.
 func network(ports []string) {
-	listen("tcp", 8002)
-	listen("tcp", 8003) // not allowed
-	listenUDP(8002)
-	listenUDP(8003)
-	time.Sleep(100 * time.Millisecond)
-	say("listening", "ok", "")
-
+	listenAll()
 	echo := func(name, proto, addr string, allowed bool) {
 		began := time.Now()
 		conn, err := net.DialTimeout(proto, addr, patience)
@@ -119,6 +115,8 @@ func network(ports []string) {
 	echo("tcp-out", "tcp", "10.0.2.2:"+ports[2], false)
 	echo("udp-out", "udp", "10.0.2.2:"+ports[3], false)
 	echo("dns-out", "udp", "10.0.2.2:53", false)
+	echo("tcp6-out-allowed", "tcp", "[fec0::2]:"+ports[0], true)
+	echo("udp6-out-allowed", "udp", "[fec0::2]:"+ports[1], true)
 	echo("tcp6-out", "tcp", "[fec0::2]:"+ports[2], false)
 	echo("udp6-out", "udp", "[fec0::2]:"+ports[3], false)
 	echo("loopback", "tcp", "127.0.0.1:8003", true)
@@ -142,8 +140,29 @@ func network(ports []string) {
 		want(s.name, err)
 	}
 	want("interface-flags", promiscuous())
+	resolvers()
+}
+
+func resolvers() {
 	b, err := os.ReadFile("/etc/resolv.conf")
 	say("resolv.conf", map[bool]string{true: "ok", false: "failed"}[err == nil], strings.ReplaceAll(string(b), "\n", ";"))
+}
+
+// serve answers, and tells again and again which resolvers there are.
+func serve() {
+	listenAll()
+	for ; ; time.Sleep(time.Second) {
+		resolvers()
+	}
+}
+
+// listenAll listens at a port that is allowed and at one that is not.
+func listenAll() {
+	for _, port := range []int{8002, 8003} {
+		listen("tcp", port)
+		listenUDP(port)
+	}
+	say("listening", "ok", "")
 }
 
 func listen(proto string, port int) {
