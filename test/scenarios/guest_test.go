@@ -679,21 +679,21 @@ func TestGuestClockStopped(t *testing.T) {
 	l := setupKBS(t)
 	socket := filepath.Join(t.TempDir(), "qmp")
 	hostileQEMU(t, "", "-qmp unix:"+socket+",server=on,wait=off")
-	const stale = 45 * time.Second
-	g := bootLong(t, l.probeBundle(t, "cc_attestation:\n  check_frequency: 10\n  max_staleness: 45\n  failure_action: stop_job\n  restart_on_recovery: true\n", "tick"))
+	const stale = 25 * time.Second
+	g := bootLong(t, l.probeBundle(t, "cc_attestation:\n  check_frequency: 5\n  max_staleness: 25\n  failure_action: stop_job\n  restart_on_recovery: true\n", "tick"))
 	g.expect(`workload: probe: tick ok 1 `)
 	g.expect(`attestation round=2 verdict=pass`)
 	vm := dialQMP(t, socket)
 
 	// Stopped: a round at once after the one that found it out.
-	vm.standStill(12 * time.Second)
+	vm.standStill(10 * time.Second)
 	g.expect(`attestation clock stopped or slowed: the KBS counted \d+s, the guest at most \d+s`)
 	first, _ := strconv.Atoi(g.expect(`attestation round=(\d+) verdict=pass`)[1])
 	second, _ := strconv.Atoi(g.expect(`attestation round=(\d+) verdict=pass`)[1])
 	_, between, _ := strings.Cut(g.Console.Text(), fmt.Sprintf("attestation round=%d ", first))
 	between, _, _ = strings.Cut(between, fmt.Sprintf("attestation round=%d ", second))
 	ticks := strings.Count(between, "probe: tick ")
-	if second != first+1 || ticks > 5 {
+	if second != first+1 || ticks > 3 {
 		t.Errorf("round %d came %d seconds of the guest's after round %d", second, ticks, first)
 	}
 
@@ -711,7 +711,7 @@ func TestGuestClockStopped(t *testing.T) {
 	// Stopped for longer than max_staleness, and the clock with it.
 	g.expect(`attestation round=\d+ verdict=pass`)
 	vm.standStill(stale)
-	g.expect(`attestation action=stop_job reason="no pass within 45s: the clock was stopped or slowed, the KBS counted \d+s, the guest at most \d+s`)
+	g.expect(`attestation action=stop_job reason="no pass within 25s: the clock was stopped or slowed, the KBS counted \d+s, the guest at most \d+s`)
 	g.expect(`workload exited code=137 signal=9`)
 	g.expect(`attestation action=start_job reason="a round passed"`)
 	g.expect(`workload: probe: tick ok 1 `)
@@ -719,7 +719,7 @@ func TestGuestClockStopped(t *testing.T) {
 	// As long, and the clock runs on.
 	g.expect(`attestation round=\d+ verdict=pass`)
 	pause(t, g, stale)
-	g.expect(`attestation action=stop_job reason="no pass within 45s"`)
+	g.expect(`attestation action=stop_job reason="no pass within 25s"`)
 	g.expect(`workload exited code=137 signal=9`)
 	g.expect(`attestation action=start_job reason="a round passed"`)
 }
