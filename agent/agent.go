@@ -89,6 +89,8 @@ type KBS interface {
 	// Fetch makes a handshake with fresh nonce, key and evidence and fetches the
 	// resource, which the caller wipes. The token comes without the key.
 	Fetch(ctx context.Context, a kbsclient.Attester, path string) (resource []byte, token string, err error)
+	// LastAnswer is what the KBS's clock showed last.
+	LastAnswer() kbsclient.Answered
 }
 
 // agent is what the phases have made so far.
@@ -511,6 +513,7 @@ func (a *agent) attest(ctx context.Context) error {
 		},
 		Round:     a.verifier.round,
 		Classify:  classify,
+		Clock:     a.kbsClock,
 		Report:    a.report,
 		Printf:    a.log.Printf,
 		Start:     a.startWorkload,

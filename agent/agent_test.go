@@ -63,7 +63,18 @@ type fakeKBS struct {
 	mu       sync.Mutex
 	verdicts []error
 	rounds   int
+	ahead    time.Duration // of its clock, by each round but the first; 0: it has none
 	dial     agent.Dial
+}
+
+func (k *fakeKBS) LastAnswer() kbsclient.Answered {
+	k.mu.Lock()
+	defer k.mu.Unlock()
+	if k.ahead == 0 {
+		return kbsclient.Answered{}
+	}
+	now := time.Now()
+	return kbsclient.Answered{Date: now.Add(time.Duration(k.rounds-1) * k.ahead), Sent: now, Came: now}
 }
 
 func (k *fakeKBS) Fetch(ctx context.Context, a kbsclient.Attester, path string) ([]byte, string, error) {
@@ -522,6 +533,30 @@ func TestDeniedWhileRunning(t *testing.T) {
 	}
 	if strings.Contains(text, "got TERM") {
 		t.Error("the workload was given a chance")
+	}
+}
+
+// The KBS's clock goes 20 s ahead with each round: the guest's own was stopped.
+func TestClockStopped(t *testing.T) {
+	g := newGuest(t, `echo ready; sleep 1000`)
+	g.kbs.ahead = 20 * time.Second
+	g.start()
+	g.console.Await(t, `attestation round=1 verdict=pass`)
+	g.console.Await(t, `attestation clock stopped or slowed: the KBS counted 2`)
+	g.console.Await(t, `attestation round=2 verdict=pass`)
+	g.console.Await(t, `attestation round=3 verdict=pass`)
+	rounds := strings.Split(g.file("applog/attestation.jsonl"), "\n")
+	var rec struct {
+		Clock *struct {
+			KBS   float64 `json:"kbs_s"`
+			Guest float64 `json:"guest_s"`
+		}
+	}
+	if err := json.Unmarshal([]byte(rounds[1]), &rec); err != nil || rec.Clock == nil || rec.Clock.KBS-rec.Clock.Guest < 19 || rec.Clock.KBS-rec.Clock.Guest > 21 {
+		t.Errorf("attestation.jsonl: %v: %q", err, rounds[1])
+	}
+	if strings.Contains(rounds[0], `"clock"`) {
+		t.Errorf("the first round compares with nothing: %q", rounds[0])
 	}
 }
 

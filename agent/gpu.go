@@ -154,9 +154,10 @@ func (a attester) AdditionalEvidence(ctx context.Context, digest [48]byte) (stri
 	if a.gpus == nil {
 		return "", nil
 	}
-	text, found, err := a.gpus.Attest(ctx, digest)
-	if a.found != nil {
-		*a.found = found
+	if a.found == nil {
+		return a.gpus.AttestForWorkload(ctx, digest)
 	}
+	text, found, err := a.gpus.Attest(ctx, digest)
+	*a.found = found
 	return text, err
 }

@@ -228,6 +228,8 @@ func (k kbs) Fetch(ctx context.Context, a kbsclient.Attester, path string) ([]by
 	return resource, s.Token(), err
 }
 
+func (k kbs) LastAnswer() kbsclient.Answered { return k.client.LastAnswer() }
+
 // stopRequests tells of the first wish that the machine should stop: a signal,
 // Ctrl-Alt-Del, or the power button.
 func stopRequests() <-chan string {

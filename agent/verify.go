@@ -77,6 +77,13 @@ func (v *verifier) fetchCanary(ctx context.Context) error {
 	return err
 }
 
+// kbsClock is the KBS's clock in the last answer to whoever asked here, with the
+// times of the loop's clock.
+func (a *agent) kbsClock() attest.Stamp {
+	last, now := a.verifier.kbs.LastAnswer(), a.Now()
+	return attest.Stamp{Verifier: last.Date, Sent: now - time.Since(last.Sent), Came: now - time.Since(last.Came)}
+}
+
 // Fetch is for the workload's API.
 func (v *verifier) Fetch(ctx context.Context, path string) ([]byte, string, error) {
 	if err := v.net.findKBS(ctx); err != nil {
@@ -98,7 +105,7 @@ var errPlatform = errors.New("no evidence")
 type attester struct {
 	evidence.Source
 	gpus  *gpus.Guard // nil: there are none
-	found *gpus.Found // gets what was found of them; nil: nobody asks
+	found *gpus.Found // gets what was found of them; nil: it is for the workload
 }
 
 func (a attester) Evidence(ctx context.Context, digest [48]byte) (json.RawMessage, error) {
@@ -172,13 +179,22 @@ type record struct {
 	LaunchDigest string `json:"launch_digest"`
 	Simulated    bool   `json:"simulated"`
 
-	GPU gpus.Found `json:"gpu,omitzero"` // zero where none was asked
+	GPU   gpus.Found `json:"gpu,omitzero"`    // zero where none was asked
+	Clock *clockGap  `json:"clock,omitempty"` // nil where the clock goes right
 
 	// What agent, containerd and shim take: resident memory, and processor time in
 	// this round and between the last one and this.
 	RSS      map[string]int64 `json:"rss_kib"`
 	RoundCPU int64            `json:"round_cpu_ms"`
 	IdleCPU  int64            `json:"idle_cpu_ms"`
+}
+
+// clockGap tells that the guest's clock was stopped or slowed before the round's
+// end: what passed since the comparison before by the KBS's clock, and at most by
+// the guest's, in seconds.
+type clockGap struct {
+	KBS   float64 `json:"kbs_s"`
+	Guest float64 `json:"guest_s"`
 }
 
 // report writes a round to the console and to its log.
@@ -188,6 +204,10 @@ func (a *agent) report(r attest.Result) {
 		line += " code=" + r.Code
 	}
 	a.log.Printf("%s", line)
+	var gap *clockGap
+	if r.Gap != (attest.Gap{}) {
+		gap = &clockGap{r.Gap.Verifier.Seconds(), r.Gap.Guest.Round(time.Millisecond).Seconds()}
+	}
 	u := readUsage("/proc")
 	b, err := json.Marshal(record{
 		Time:         time.Now().UTC().Format(time.RFC3339Nano),
@@ -199,6 +219,7 @@ func (a *agent) report(r attest.Result) {
 		LaunchDigest: a.handover.LaunchDigest,
 		Simulated:    a.verifier.source.Simulated(),
 		GPU:          a.verifier.found,
+		Clock:        gap,
 		RSS:          u.rss,
 		RoundCPU:     u.cpu - a.verifier.cpu,
 		IdleCPU:      a.verifier.cpu - a.cpu,
@@ -206,6 +227,6 @@ func (a *agent) report(r attest.Result) {
 	a.cpu = u.cpu
 	if err == nil {
 		a.logs.attestation.Write(append(b, '\n'))
-		a.services.api.SetRound(b, r.Verdict.String(), a.verifier.token)
+		a.services.api.SetRound(b, r.Verdict.String(), a.verifier.token, r.Gap.Lost())
 	}
 }

@@ -98,6 +98,24 @@ type Client struct {
 	transport *http.Transport
 	backoff   time.Duration          // before the first retry; doubled for the second
 	resumable tls.ClientSessionCache // of sessions that these very roots verified
+	last      atomic.Pointer[Answered]
+}
+
+// Answered is what the KBS's clock showed in an answer: at some moment after the
+// request was sent and before the head of the answer came. It is as authentic as
+// the answer, and moves by whole seconds.
+type Answered struct {
+	Date       time.Time // zero: the answer did not tell
+	Sent, Came time.Time // by this machine's clock; they hold a monotonic reading
+}
+
+// LastAnswer is of the last answer that came from the KBS, whatever its status; the
+// zero value before the first.
+func (c *Client) LastAnswer() Answered {
+	if a := c.last.Load(); a != nil {
+		return *a
+	}
+	return Answered{}
 }
 
 // New checks cfg and makes a client. It opens no connection.
@@ -241,11 +259,13 @@ func (c *Client) once(ctx context.Context, r call) (*answer, error) {
 	req.Header.Set("User-Agent", c.cfg.UserAgent)
 
 	// RoundTrip instead of an http.Client: no redirects, no cookies.
+	sent := time.Now()
 	resp, err := c.transport.RoundTrip(req)
 	if err != nil {
 		return nil, c.transportError(ctx, err, stage(reached.Load()))
 	}
 	defer resp.Body.Close()
+	c.last.Store(&Answered{Date: date(resp.Header), Sent: sent, Came: time.Now()})
 	limit := r.limit
 	if resp.StatusCode != http.StatusOK {
 		limit = maxErrorBody
@@ -262,4 +282,18 @@ func (c *Client) once(ctx context.Context, r call) (*answer, error) {
 		return nil, newError(r, resp, body, c.cfg.Now())
 	}
 	return &answer{header: resp.Header, body: body}, nil
+}
+
+// date is the time at which an answer was made, in the one form that servers may
+// send; zero where that is missing, given twice or anything else.
+func date(h http.Header) time.Time {
+	values := h.Values("Date")
+	if len(values) != 1 {
+		return time.Time{}
+	}
+	t, err := time.Parse(http.TimeFormat, values[0])
+	if err != nil {
+		return time.Time{}
+	}
+	return t
 }

@@ -122,7 +122,7 @@ func printable(s string) string {
 func newError(r call, resp *http.Response, body []byte, now time.Time) *Error {
 	e := &Error{Status: resp.StatusCode, Op: r.op, kind: r.kind}
 	e.Type, e.Detail = parseErrorInformation(body)
-	if date, err := http.ParseTime(resp.Header.Get("Date")); err == nil {
+	if date := date(resp.Header); !date.IsZero() {
 		e.skew = now.Sub(date)
 	}
 	return e

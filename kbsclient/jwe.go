@@ -1,12 +1,13 @@
 package kbsclient
 
 import (
-	"bytes"
 	"crypto/aes"
 	"crypto/cipher"
 	"encoding/json"
 	"errors"
 	"fmt"
+
+	"coffer/internal/strict"
 )
 
 // jwe is a resource as the KBS sends it: RFC 7516, flattened JSON form.
@@ -52,13 +53,8 @@ func (e epk) point() ([]byte, error) {
 // key's own algorithm and A256GCM, and refuses every other.
 func decryptJWE(body []byte, key teeKey) ([]byte, error) {
 	var m jwe
-	dec := json.NewDecoder(bytes.NewReader(body))
-	dec.DisallowUnknownFields()
-	if err := dec.Decode(&m); err != nil {
+	if err := strict.JSON(body, &m); err != nil {
 		return nil, fmt.Errorf("JWE: %w", err)
-	}
-	if dec.More() {
-		return nil, errors.New("JWE: data behind the JSON value")
 	}
 	header, err := parseJWEHeader(m.Protected)
 	if err != nil {

@@ -77,8 +77,10 @@ func TestJWEManipulated(t *testing.T) {
 			}
 		})
 	}
-	if _, err := decryptJWE(append(v.JWE.Response, '{'), v.key(t)); err == nil {
-		t.Error("trailing data accepted")
+	for _, behind := range []byte("{}]") {
+		if _, err := decryptJWE(append(v.JWE.Response[:len(v.JWE.Response):len(v.JWE.Response)], behind), v.key(t)); err == nil {
+			t.Errorf("accepted with a %q behind", behind)
+		}
 	}
 }
 

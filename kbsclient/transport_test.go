@@ -494,3 +494,63 @@ func TestTLSResumed(t *testing.T) {
 		t.Errorf("connections resumed: %q, want %q", seen, want)
 	}
 }
+
+// The KBS's clock is that of its last answer, whatever the answer says.
+func TestLastAnswer(t *testing.T) {
+	const good = "Sun, 06 Nov 2061 08:49:37 GMT"
+	when := time.Date(2061, 11, 6, 8, 49, 37, 0, time.UTC)
+	for _, tc := range []struct {
+		name   string
+		header []string
+		status int
+		want   time.Time
+	}{
+		{"good", []string{good}, 200, when},
+		{"of a refusal", []string{good}, 401, when},
+		{"of a broken KBS", []string{good}, 502, when},
+		{"missing", nil, 200, time.Time{}},
+		{"empty", []string{""}, 200, time.Time{}},
+		{"twice", []string{good, good}, 200, time.Time{}},
+		{"in the form of RFC 850", []string{"Sunday, 06-Nov-61 08:49:37 GMT"}, 200, time.Time{}},
+		{"in C's form", []string{"Sun Nov  6 08:49:37 2061"}, 200, time.Time{}},
+		{"of another zone", []string{"Sun, 06 Nov 2061 08:49:37 +0100"}, 200, time.Time{}},
+		{"with more behind it", []string{good + ", " + good}, 200, time.Time{}},
+		{"no day of the calendar", []string{"Sun, 31 Nov 2061 08:49:37 GMT"}, 200, time.Time{}},
+	} {
+		t.Run(tc.name, func(t *testing.T) {
+			kbs := newFakeKBS(t)
+			kbs.override["POST /auth"] = func(w http.ResponseWriter, r *http.Request) {
+				w.Header()["Date"] = tc.header
+				w.WriteHeader(tc.status)
+			}
+			c := serve(t, kbs, nil)
+			if a := c.LastAnswer(); a != (Answered{}) {
+				t.Errorf("before any answer: %v", a)
+			}
+			before := time.Now()
+			if _, err := c.Attest(t.Context(), sample{}); err == nil {
+				t.Error("an answer without a challenge was taken for one")
+			}
+			a := c.LastAnswer()
+			if !a.Date.Equal(tc.want) {
+				t.Errorf("the KBS's time is %v, want %v", a.Date, tc.want)
+			}
+			if a.Sent.Before(before) || a.Came.Before(a.Sent) || a.Came.After(time.Now()) {
+				t.Errorf("sent %v, came %v, asked at %v", a.Sent, a.Came, before)
+			}
+		})
+	}
+
+	// An answer that never came leaves the earlier one.
+	kbs := newFakeKBS(t)
+	c := serve(t, kbs, nil)
+	attest(t, c)
+	first := c.LastAnswer()
+	kbs.override["POST /auth"] = func(http.ResponseWriter, *http.Request) { panic(http.ErrAbortHandler) }
+	if _, err := c.Attest(t.Context(), sample{}); !errors.Is(err, ErrUnreachable) {
+		t.Errorf("got %v", err)
+	}
+	if a := c.LastAnswer(); a != first || a.Date.IsZero() {
+		t.Errorf("after no answer it is %v, was %v", a, first)
+	}
+}

@@ -102,6 +102,7 @@ type Server struct {
 	round   json.RawMessage
 	roundAt time.Duration
 	passAt  time.Duration
+	lost    time.Duration
 	passed  bool
 	token   string
 }
@@ -183,11 +184,13 @@ func (s *Server) Close() {
 }
 
 // SetRound tells of an attestation round: its record, its verdict ("pass",
-// "negative" or "unknown"), and the token that a passed one got.
-func (s *Server) SetRound(record json.RawMessage, verdict, token string) {
+// "negative" or "unknown"), the token that a passed one got, and the time that the
+// guest's clock was found not to have counted.
+func (s *Server) SetRound(record json.RawMessage, verdict, token string, lost time.Duration) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	s.rounds[verdict]++
+	s.lost += lost
 	s.round, s.roundAt = record, s.cfg.Now()
 	if verdict == verdicts[0] {
 		s.passed, s.passAt, s.token = true, s.roundAt, token

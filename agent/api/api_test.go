@@ -248,9 +248,9 @@ func TestEvidence(t *testing.T) {
 func TestStatusAndKeys(t *testing.T) {
 	g := newGuest(t)
 	g.refused(t, 503, "no attestation round", "GET", "/v1/status", nil)
-	g.SetRound(json.RawMessage(`{"seq":1,"verdict":"pass"}`), "pass", token(time.Now().Add(time.Hour)))
+	g.SetRound(json.RawMessage(`{"seq":1,"verdict":"pass"}`), "pass", token(time.Now().Add(time.Hour)), 0)
 	g.pass(5 * time.Second)
-	g.SetRound(json.RawMessage(`{"seq":2,"verdict":"unknown"}`), "unknown", "")
+	g.SetRound(json.RawMessage(`{"seq":2,"verdict":"unknown"}`), "unknown", "", 90*time.Second)
 	g.pass(2 * time.Second)
 	s := g.json(t, "GET", "/v1/status", nil)
 	if s["last_round"].(map[string]any)["seq"] != 2.0 || s["last_round_seconds_ago"] != 2.0 || s["last_pass_seconds_ago"] != 7.0 || s["check_frequency"] != 60.0 {
@@ -258,7 +258,7 @@ func TestStatusAndKeys(t *testing.T) {
 	}
 	_, metrics := g.call(t, "GET", "/v1/metrics", nil)
 	for _, want := range []string{`coffer_attestation_rounds_total{verdict="pass"} 1`, `coffer_attestation_rounds_total{verdict="negative"} 0`,
-		`coffer_attestation_rounds_total{verdict="unknown"} 1`, "coffer_attestation_pass_age_seconds 7\n"} {
+		`coffer_attestation_rounds_total{verdict="unknown"} 1`, "coffer_attestation_clock_lost_seconds_total 90\n", "coffer_attestation_pass_age_seconds 7\n"} {
 		if !strings.Contains(string(metrics), want) {
 			t.Errorf("the metrics lack %q:\n%s", want, metrics)
 		}
@@ -276,7 +276,7 @@ func TestStatusAndKeys(t *testing.T) {
 func TestToken(t *testing.T) {
 	g := newGuest(t)
 	lasting := token(time.Now().Add(time.Hour))
-	g.SetRound(json.RawMessage(`{}`), "pass", lasting)
+	g.SetRound(json.RawMessage(`{}`), "pass", lasting, 0)
 	for _, path := range []string{"/v1/token", "/aa/token?token_type=kbs"} {
 		v := g.json(t, "GET", path, nil)
 		if v["token"] != lasting || len(v) != 1 { // no tee_keypair: with it the disk's key could be fetched
@@ -286,14 +286,14 @@ func TestToken(t *testing.T) {
 	if len(g.kbs.asked) != 0 {
 		t.Errorf("the KBS was asked for %v", g.kbs.asked)
 	}
-	g.SetRound(json.RawMessage(`{}`), "pass", token(time.Now().Add(10*time.Second)))
+	g.SetRound(json.RawMessage(`{}`), "pass", token(time.Now().Add(10*time.Second)), 0)
 	if v := g.json(t, "GET", "/v1/token", nil); v["token"] == lasting || v["token"] == "" {
 		t.Errorf("%v", v)
 	}
 	if !slices.Equal(g.kbs.asked, []string{g.cfg.KBS.CanaryPath}) {
 		t.Errorf("the KBS was asked for %v", g.kbs.asked)
 	}
-	g.SetRound(json.RawMessage(`{}`), "unknown", "")
+	g.SetRound(json.RawMessage(`{}`), "unknown", "", 0)
 	g.kbs.err = &kbsclient.Error{Status: 401, Type: "PolicyDeny"}
 	g.refused(t, 403, "", "GET", "/v1/token", nil)
 	g.refused(t, 400, "only kbs", "GET", "/aa/token?token_type=coco_as", nil)

@@ -18,6 +18,8 @@ func (s *Server) metrics(*http.Request) (*answer, error) {
 	for _, v := range verdicts {
 		fmt.Fprintf(&b, "coffer_attestation_rounds_total{verdict=%q} %d\n", v, s.rounds[v])
 	}
+	b.WriteString("# HELP coffer_attestation_clock_lost_seconds_total What the KBS's clock counted and the guest's, stopped or slowed, did not.\n# TYPE coffer_attestation_clock_lost_seconds_total counter\n")
+	fmt.Fprintf(&b, "coffer_attestation_clock_lost_seconds_total %g\n", seconds(s.lost))
 	if s.passed {
 		b.WriteString("# HELP coffer_attestation_pass_age_seconds Since the end of the last round that passed.\n# TYPE coffer_attestation_pass_age_seconds gauge\n")
 		fmt.Fprintf(&b, "coffer_attestation_pass_age_seconds %g\n", seconds(s.cfg.Now()-s.passAt))

@@ -6,6 +6,9 @@
 // last pass is too old, it counts as negative. The workload never starts without
 // a pass, whatever the failure action is.
 //
+// A guest that stood still attests at once. It sees that by its own clock, where the
+// host lets that run on, else by the verifier's at the end of the next round.
+//
 // What decides is Decide: a pure function of the policy, the state, an event and
 // the time. Loop carries its decisions out. The package knows nothing of the
 // verifier, of the evidence or of containers.
@@ -69,16 +72,20 @@ const (
 	JobStopped // by a verdict; a pass starts it again
 )
 
-// State is all that Decide remembers. Times are those of one monotonic clock.
+// State is all that Decide remembers. Times are those of the guest's monotonic
+// clock, and Lost on top.
 type State struct {
 	Job      Job
 	Began    time.Duration // when the loop began
 	PassAt   time.Duration // start of the last round that passed
-	Passed   bool          // PassAt is valid: no negative verdict came after it
+	Passed   bool          // PassAt is valid: it has not run out, and no negative verdict came after it
 	Unknowns int           // unknown verdicts in a row
 	Due      time.Duration // when the next round starts
 	InRound  bool
+	Again    bool          // the guest stood still during the round: another follows at once
+	Extra    bool          // the round is such a one; none follows it at once
 	Seen     time.Duration // when the last event came
+	Lost     time.Duration // what the guest's clock did not count
 	Warned   bool          // the workload goes on: the present outage has been reported
 	Over     bool          // PowerOff was decided
 }
@@ -101,6 +108,7 @@ type Event struct {
 	Kind    Kind
 	Verdict Verdict
 	Started time.Duration // of the round
+	Lost    time.Duration // that the guest's clock did not count before the round's end, as far as no event has told yet
 	Jitter  float64       // 0 to 1, drawn at random by the caller; shortens the next wait
 }
 
@@ -125,25 +133,34 @@ func (s State) fresh(p Policy, now time.Duration) bool {
 	return s.Passed && now-s.PassAt < p.MaxStaleness
 }
 
-// Decide takes one event. It is a pure function; now never runs backwards.
+// Decide takes one event. It is a pure function; now is the guest's clock, which
+// never runs backwards.
+//
+// Lost time makes every pass older by as much, that of the ending round included:
+// the guest may have stood still after its evidence was made.
 func Decide(p Policy, s State, ev Event, now time.Duration) (State, []Action) {
 	if s.Over {
 		return s, nil
 	}
-	if now-s.Seen > stoodStill {
-		s.Due = now
-	}
+	ev.Started += s.Lost
+	still := now+s.Lost-s.Seen > stoodStill || ev.Lost > 0
+	s.Lost += min(max(ev.Lost, 0), p.MaxStaleness) // more says no more
+	now += s.Lost
 	s.Seen = now
+	if still {
+		s.Due, s.Again = now, s.InRound
+	}
 
 	var acts []Action
-	negative := false
+	negative := s.Job == JobRunning && !s.Warned && !s.fresh(p, now) // though this very round may pass
 	switch ev.Kind {
 	case RoundEnded:
 		s.InRound = false
 		s.Due = ev.Started + shorten(p.Every, ev.Jitter)
 		switch ev.Verdict {
 		case Pass:
-			s.Passed, s.PassAt, s.Unknowns, s.Warned = true, ev.Started, 0, false
+			s.Passed, s.PassAt, s.Unknowns = true, ev.Started, 0
+			s.Warned = s.Warned && !s.fresh(p, now)
 		case Negative:
 			s.Passed, s.Unknowns = false, 0
 			negative = true
@@ -151,6 +168,11 @@ func Decide(p Policy, s State, ev Event, now time.Duration) (State, []Action) {
 			s.Unknowns++
 			s.Due = now + shorten(backoff(p, s.Unknowns), ev.Jitter)
 		}
+		s.Extra = s.Again && !s.Extra
+		if s.Extra {
+			s.Due = now
+		}
+		s.Again = false
 	case JobExited:
 		if s.Job == JobRunning {
 			s.Over = true
@@ -167,6 +189,7 @@ func Decide(p Policy, s State, ev Event, now time.Duration) (State, []Action) {
 		s.Over = true
 		return s, []Action{PowerOff}
 	case s.Job == JobRunning && (negative || !s.fresh(p, now)):
+		s.Passed = false
 		switch {
 		case p.goesOn():
 			if !s.Warned {
@@ -188,7 +211,8 @@ func Decide(p Policy, s State, ev Event, now time.Duration) (State, []Action) {
 	return s, acts
 }
 
-// Wake is when Decide wants a Tick at the latest, if nothing else happens.
+// Wake is when Decide wants a Tick at the latest, if nothing else happens, by the
+// guest's clock.
 func (s State) Wake(p Policy) time.Duration {
 	wake := s.Seen + stoodStill/2 // so that a longer silence means a pause
 	if !s.InRound {
@@ -200,7 +224,7 @@ func (s State) Wake(p Policy) time.Duration {
 	case s.Job == JobRunning && s.Passed && !s.Warned:
 		wake = min(wake, s.PassAt+p.MaxStaleness)
 	}
-	return wake
+	return wake - s.Lost
 }
 
 // backoff is the wait after the n-th unknown verdict in a row.

@@ -28,6 +28,11 @@ func round(v Verdict, started time.Duration) Event {
 	return Event{Kind: RoundEnded, Verdict: v, Started: started}
 }
 
+func lost(ev Event, d time.Duration) Event {
+	ev.Lost = d
+	return ev
+}
+
 var (
 	tick   = Event{Kind: Tick}
 	exited = Event{Kind: JobExited}
@@ -76,7 +81,9 @@ func TestDecide(t *testing.T) {
 		}},
 		{"first round unknown for too long", guestconfig.ActionStopJob, true, []step{
 			{0, tick, "start_round"},
-			{119 * s, round(Unknown, 0), ""},
+			{9 * s, tick, ""},
+			{18 * s, round(Unknown, 0), ""},
+			{119 * s, tick, "start_round"},
 			{120 * s, tick, "power_off"},
 		}},
 		{"first pass that took longer than max_staleness is stale", guestconfig.ActionStopJob, false, []step{
@@ -143,6 +150,83 @@ func TestDecide(t *testing.T) {
 			step{6 * s, tick, ""},
 			step{1000 * s, tick, "stop_job start_round"},
 		)},
+		{"a pause during a round: another one follows at once, and no third", guestconfig.ActionStopJob, false, after(
+			step{60 * s, tick, "start_round"},
+			step{90 * s, tick, ""},
+			step{91 * s, round(Pass, 60*s), "start_round"},
+			step{111 * s, round(Pass, 91*s), ""}, // the host does it again
+			step{151 * s, tick, "start_round"},
+		)},
+		{"a pause that a round's end reveals", guestconfig.ActionStopJob, false, after(
+			step{60 * s, tick, "start_round"},
+			step{90 * s, round(Pass, 60*s), "start_round"},
+			step{91 * s, round(Pass, 90*s), ""},
+		)},
+		{"time that the clock did not count: attest at once, once", guestconfig.ActionStopJob, false, after(
+			step{60 * s, tick, "start_round"},
+			step{61 * s, lost(round(Pass, 60*s), 30*s), "start_round"},
+			step{62 * s, lost(round(Pass, 61*s), 30*s), ""},
+			step{71 * s, tick, ""},
+			// 60 s after the last round's start, 30 of them gone before its end.
+			step{81 * s, tick, ""},
+			step{90 * s, tick, ""},
+			step{91 * s, tick, "start_round"},
+			step{92 * s, lost(round(Pass, 91*s), 30*s), "start_round"},
+		)},
+		{"lost time at an unknown verdict: no back-off, once", guestconfig.ActionStopJob, false, after(
+			step{60 * s, tick, "start_round"},
+			step{61 * s, lost(round(Unknown, 60*s), 30*s), "start_round"},
+			step{62 * s, lost(round(Unknown, 61*s), 30*s), ""},
+			step{64 * s, tick, "start_round"},
+		)},
+		{"lost time at a negative verdict changes nothing of it", guestconfig.ActionStopJob, true, after(
+			step{60 * s, tick, "start_round"},
+			step{61 * s, lost(round(Negative, 60*s), 30*s), "stop_job start_round"},
+			step{62 * s, round(Pass, 61*s), "start_job"},
+		)},
+		{"lost time makes the last pass older", guestconfig.ActionStopJob, true, after(
+			step{60 * s, tick, "start_round"},
+			step{61 * s, lost(round(Pass, 60*s), 200*s), "start_round"},
+			step{62 * s, round(Unknown, 61*s), ""},
+			step{63 * s, tick, "start_round"},
+			step{159 * s, tick, ""},
+			step{160 * s, tick, "stop_job"}, // 100 s after its start, and 200 lost
+		)},
+		{"more than max_staleness lost: stopped, though the round passed", guestconfig.ActionStopJob, false, after(
+			step{60 * s, tick, "start_round"},
+			step{61 * s, lost(round(Pass, 60*s), 300*s), "stop_job power_off"},
+		)},
+		{"max_staleness since the last pass, lost time included", guestconfig.ActionStopJob, true, after(
+			step{60 * s, tick, "start_round"},
+			step{61 * s, lost(round(Pass, 60*s), 239*s), "stop_job start_round"},
+			step{62 * s, tick, ""}, // not by the pass that came too late
+			step{63 * s, round(Pass, 61*s), "start_job"},
+		)},
+		{"less than that", guestconfig.ActionStopJob, true, after(
+			step{60 * s, tick, "start_round"},
+			step{61 * s, lost(round(Pass, 60*s), 238*s), "start_round"},
+		)},
+		{"max_staleness lost: action log warns once", guestconfig.ActionLog, false, after(
+			step{60 * s, tick, "start_round"},
+			step{61 * s, lost(round(Pass, 60*s), 1000*s), "warn start_round"},
+			step{62 * s, lost(round(Pass, 61*s), 1000*s), "start_round"}, // check_frequency is over, too
+			step{63 * s, round(Pass, 62*s), ""},
+			step{72 * s, tick, ""},
+		)},
+		{"time lost before the first pass", guestconfig.ActionStopJob, true, []step{
+			{0, tick, "start_round"},
+			{1 * s, lost(round(Unknown, 0), 30*s), "start_round"},
+			{2 * s, round(Pass, 1*s), "start_job"},
+		}},
+		{"too much time lost before the first pass", guestconfig.ActionStopJob, true, []step{
+			{0, tick, "start_round"},
+			{1 * s, lost(round(Unknown, 0), 119*s), "power_off"},
+		}},
+		{"a clock of the verifier that was set back says nothing", guestconfig.ActionStopJob, false, after(
+			step{60 * s, tick, "start_round"},
+			step{61 * s, lost(round(Pass, 60*s), -1000*s), ""},
+			step{70 * s, tick, ""},
+		)},
 		{"the workload's own end ends the guest", guestconfig.ActionStopJob, true, after(
 			step{6 * s, exited, "power_off"},
 			step{7 * s, tick, ""},
@@ -193,15 +277,24 @@ func TestBackoffAndJitter(t *testing.T) {
 }
 
 // TestModel drives Decide through long random lives with a caller that wakes up
-// late at most as Wake allows, and holds it to its promises at every moment.
+// late at most as Wake allows, and holds it to its promises at every moment. In half
+// of the lives the host stops and slows the guest's clock. Then it promises: where the
+// verifier has answered, no workload goes on whose pass is older than max_staleness
+// by the verifier's clock, but for what compare lets two clocks differ; and time
+// found lost means a round at once, yet no rounds without end.
 func TestModel(t *testing.T) {
 	seen := map[Action]int{}
+	var found, stopped int
 	for seed := range uint64(500) {
 		t.Run(fmt.Sprint(seed), func(t *testing.T) {
-			model(t, rand.New(rand.NewPCG(seed, 1)), seen)
+			f, st := model(t, rand.New(rand.NewPCG(seed, 1)), seen, seed%2 == 1)
+			found, stopped = found+f, stopped+st
 		})
 	}
-	t.Log(seen)
+	t.Log(seen, found, stopped)
+	if found < 1000 || stopped < 100 {
+		t.Errorf("time was found lost %d times, and %d workloads stopped for it", found, stopped)
+	}
 	for a := StartRound; a <= PowerOff; a++ {
 		if seen[a] < 100 {
 			t.Errorf("only %d times %v: the model does not reach what it is for", seen[a], a)
@@ -209,7 +302,7 @@ func TestModel(t *testing.T) {
 	}
 }
 
-func model(t *testing.T, rnd *rand.Rand, seen map[Action]int) {
+func model(t *testing.T, rnd *rand.Rand, seen map[Action]int, hostile bool) (found, stopped int) {
 	actions := []string{guestconfig.ActionStopJob, guestconfig.ActionShutdown, guestconfig.ActionLog}
 	every := time.Duration(1+rnd.IntN(100)) * s
 	p := Policy{
@@ -231,7 +324,20 @@ func model(t *testing.T, rnd *rand.Rand, seen map[Action]int) {
 		roundEnds time.Duration
 		lastEnd   time.Duration
 		over      bool
+
+		real                float64 = 1e9 // seconds, by the verifier's clock
+		rate                float64 = 1   // of real time to the guest's
+		realBegan, realPass float64       // of the round, and of the last pass
+		stamp, since        Stamp
 	)
+	advance := func(to time.Duration) {
+		real += (to - now).Seconds() * rate
+		now = to
+	}
+	// What compare may leave unnoticed since a pass: in the spans that it has closed, in the open one,
+	// and the seconds of a call and of the clock's resolution whenever it finds something.
+	var finds float64
+	unnoticed := func() float64 { return 5*(apart+2*s).Seconds() + 2*p.MaxStaleness.Seconds()/apartShare + 3*finds }
 	apply := func(ev Event) {
 		ev.Jitter = rnd.Float64()
 		var acts []Action
@@ -249,7 +355,7 @@ func model(t *testing.T, rnd *rand.Rand, seen map[Action]int) {
 				if inRound {
 					t.Fatalf("%v: rounds overlap", now)
 				}
-				inRound, began = true, now
+				inRound, began, realBegan = true, now, real
 				roundEnds = now + time.Duration(rnd.Int64N(int64(90*s)))
 				if rnd.IntN(3) > 0 {
 					roundEnds = now + time.Duration(rnd.Int64N(int64(s)))
@@ -264,6 +370,9 @@ func model(t *testing.T, rnd *rand.Rand, seen map[Action]int) {
 					t.Fatalf("%v: stopped what does not run", now)
 				}
 				running = false
+				if ev.Lost > 0 && ev.Verdict == Pass {
+					stopped++
+				}
 			case PowerOff:
 				over, running = true, false
 			case Warn:
@@ -280,6 +389,10 @@ func model(t *testing.T, rnd *rand.Rand, seen map[Action]int) {
 		if running && p.Action != guestconfig.ActionLog && now-lastPass >= p.MaxStaleness {
 			t.Fatalf("%v: runs with a pass of %v, max_staleness is %v", now, lastPass, p.MaxStaleness)
 		}
+		if ev.Kind == RoundEnded && stamp.Came == now && running && p.Action != guestconfig.ActionLog &&
+			real-realPass >= p.MaxStaleness.Seconds()+unnoticed() {
+			t.Fatalf("%v: runs with a pass that is %.0f s old by the verifier's clock, max_staleness is %v", now, real-realPass, p.MaxStaleness)
+		}
 		if !over && !inRound && now-lastEnd > p.Every {
 			t.Fatalf("%v: no round since %v, check_frequency is %v", now, lastEnd, p.Every)
 		}
@@ -289,7 +402,14 @@ func model(t *testing.T, rnd *rand.Rand, seen map[Action]int) {
 	mood := rnd.IntN(40) // how likely a bad verdict is
 	for range 2000 {
 		if over {
-			return
+			return found, stopped
+		}
+		hostile := hostile && since != (Stamp{}) // before the first answer there is nothing to compare with
+		if hostile && rnd.IntN(30) == 0 {        // the host slows the clock, or lets it go
+			rate = max(1, rnd.ExpFloat64()*3)
+		}
+		if hostile && rnd.IntN(60) == 0 { // the host stops it together with the VM
+			real += rnd.Float64() * 2 * p.MaxStaleness.Seconds()
 		}
 		if rnd.IntN(50) == 0 {
 			mood = rnd.IntN(40)
@@ -301,7 +421,7 @@ func model(t *testing.T, rnd *rand.Rand, seen map[Action]int) {
 			apply(Event{Kind: JobExited})
 		case rnd.IntN(300) == 0: // the host stops the VM for a while
 			wasRunning, last := running, lastPass
-			now += stoodStill + 1 + time.Duration(rnd.Int64N(int64(2*p.MaxStaleness)))
+			advance(now + stoodStill + 1 + time.Duration(rnd.Int64N(int64(2*p.MaxStaleness))))
 			// It ran on paper only; what counts is the moment after.
 			apply(Event{Kind: Tick})
 			if wasRunning && p.Action != guestconfig.ActionLog && now-last >= p.MaxStaleness && running && lastPass == last {
@@ -311,7 +431,7 @@ func model(t *testing.T, rnd *rand.Rand, seen map[Action]int) {
 				t.Fatalf("%v: no round after a pause", now)
 			}
 		case inRound && roundEnds <= wake:
-			now = max(now, roundEnds)
+			advance(max(now, roundEnds))
 			inRound, lastEnd = false, now
 			v := Pass
 			if rnd.IntN(100) < mood {
@@ -319,14 +439,38 @@ func model(t *testing.T, rnd *rand.Rand, seen map[Action]int) {
 			}
 			switch v {
 			case Pass:
-				passed, lastPass = true, began
+				passed, lastPass, realPass, finds = true, began, realBegan, 0
 			case Negative:
 				passed = false
 			}
-			apply(Event{Kind: RoundEnded, Verdict: v, Started: began})
+			if v != Unknown || rnd.IntN(2) == 0 { // the verifier has answered
+				call := time.Duration(rnd.Int64N(int64(s)))
+				stamp = Stamp{Verifier: time.Unix(int64(real-call.Seconds()*rnd.Float64()), 0), Sent: now - call, Came: now}
+			}
+			var gap Gap
+			since, gap = compare(since, stamp)
+			if gap.Lost() > 0 {
+				finds++
+			}
+			before, realBefore := st.Extra, realBegan
+			apply(Event{Kind: RoundEnded, Verdict: v, Started: began, Lost: gap.Lost()})
+			if gap.Lost() > 0 {
+				found++
+				if !hostile {
+					t.Fatalf("%v: %v lost, and the clock goes right", now, gap.Lost())
+				}
+				if !before && !inRound && !over {
+					t.Fatalf("%v: no round after %v lost", now, gap.Lost())
+				}
+			}
+			// A third in a row needs a whole check_frequency by the verifier's clock, which is counted once.
+			if before && inRound && max(real-realBefore, gap.Verifier.Seconds()) < 0.9*p.Every.Seconds()-1 {
+				t.Fatalf("%v: rounds without end: %v", now, gap)
+			}
 		default:
-			now = wake
+			advance(wake)
 			apply(Event{Kind: Tick})
 		}
 	}
+	return found, stopped
 }

@@ -20,6 +20,8 @@ type Result struct {
 	Reason   string // one line, no secret
 	Started  time.Duration
 	Duration time.Duration
+	Stamp    Stamp // of the verifier's last answer
+	Gap      Gap   // where the guest's clock stood still or went slowly before the round's end
 }
 
 // Loop carries out what Decide decides. Start and Stop are never called at the
@@ -32,6 +34,8 @@ type Loop struct {
 	Round func(context.Context) error
 	// Classify turns an error of Round into a verdict.
 	Classify func(error) (v Verdict, code, reason string)
+	// Clock is what the verifier's clock showed in its last answer, whenever that was.
+	Clock func() Stamp
 	// Report is told every round. It must not block.
 	Report func(Result)
 	// Printf writes to the boot log.
@@ -49,6 +53,7 @@ type Loop struct {
 	RoundTime, StartTime, StopTime time.Duration
 
 	state     State
+	since     Stamp // that the next one is compared with
 	seq       int
 	rounds    chan Result
 	starts    chan start         // result of the start under way
@@ -162,6 +167,9 @@ func (l *Loop) reason() error {
 	if l.state.Job == JobWaiting {
 		stale = fmt.Sprintf("no first pass within %s", l.Policy.FirstWithin)
 	}
+	if r.Gap.Lost() > 0 {
+		stale += ": the clock was stopped or slowed, " + r.Gap.String()
+	}
 	if r.Seq == 0 || r.Verdict == Pass {
 		return errors.New(stale)
 	}
@@ -176,7 +184,7 @@ func (l *Loop) Left() time.Duration {
 	if !l.state.Passed {
 		return 0
 	}
-	return max(l.state.PassAt+l.Policy.MaxStaleness-l.Now(), 0)
+	return max(l.state.PassAt+l.Policy.MaxStaleness-l.state.Lost-l.Now(), 0)
 }
 
 // drive feeds Decide until it is done, or the guest has to end.
@@ -218,8 +226,12 @@ func (l *Loop) drive(ctx context.Context, done func() bool) (err error) {
 			timer.Stop()
 			return context.Cause(ctx)
 		case r := <-l.rounds:
-			ev = Event{Kind: RoundEnded, Verdict: r.Verdict, Started: r.Started}
+			l.since, r.Gap = compare(l.since, r.Stamp)
+			ev = Event{Kind: RoundEnded, Verdict: r.Verdict, Started: r.Started, Lost: r.Gap.Lost()}
 			l.last = r
+			if r.Gap.Lost() > 0 {
+				l.Printf("attestation clock stopped or slowed: %s", r.Gap)
+			}
 			l.Report(r)
 		case st := <-l.starts:
 			if err := l.begun(st); err != nil {
@@ -248,6 +260,7 @@ func (l *Loop) startRound(ctx context.Context) {
 		if err != nil {
 			r.Verdict, r.Code, r.Reason = l.Classify(err)
 		}
+		r.Stamp = l.Clock()
 		l.rounds <- r
 	}()
 }

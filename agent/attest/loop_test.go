@@ -29,6 +29,7 @@ type world struct {
 	running  chan error // of the present run, nil when none
 	starts   int
 	startErr error
+	ahead    time.Duration // of the verifier's clock before the guest's; 0: it has none
 
 	startTakes time.Duration
 	stopErr    error
@@ -39,14 +40,19 @@ type world struct {
 func newWorld(action string, restart bool) *world {
 	w := &world{takes: time.Second}
 	began := time.Now()
+	var answered Stamp
 	w.Loop = &Loop{
 		Policy: policy(action, restart),
 		Round: func(ctx context.Context) error {
 			w.mu.Lock()
-			verdict, takes := w.verdict, w.takes
+			verdict, takes, ahead := w.verdict, w.takes, w.ahead
 			w.mu.Unlock()
+			sent := time.Since(began)
 			select {
 			case <-time.After(takes):
+				if ahead != 0 {
+					answered = Stamp{Verifier: time.Now().Add(ahead), Sent: sent, Came: time.Since(began)}
+				}
 				return verdict
 			case <-ctx.Done():
 				return errSilent
@@ -90,6 +96,7 @@ func newWorld(action string, restart bool) *world {
 			return w.stopErr
 		},
 		Now:       func() time.Duration { return time.Since(began) },
+		Clock:     func() Stamp { return answered },
 		RoundTime: 30 * time.Second, StartTime: time.Minute, StopTime: time.Minute,
 	}
 	return w
@@ -206,6 +213,51 @@ func TestLoopNegative(t *testing.T) {
 			})
 		})
 	}
+}
+
+// The host stops the guest's clock together with the VM: the guest learns it by the
+// verifier's, tells it, and attests once more at once.
+func TestLoopLostTime(t *testing.T) {
+	synctest.Test(t, func(t *testing.T) {
+		w := newWorld(guestconfig.ActionStopJob, true)
+		w.ahead = time.Hour
+		ctx, cancel := context.WithCancel(context.Background())
+		done := w.live(ctx)
+		w.wait(10 * time.Second)
+		w.ahead += 100 * time.Second
+		w.wait(55 * time.Second)
+		if len(w.results) != 3 || w.results[2].Started != w.results[1].Started+w.results[1].Duration {
+			t.Fatalf("no third round at once: %+v", w.results)
+		}
+		// The gap is told with the time that the calls may have taken, one second each.
+		if gap := w.results[1].Gap; gap.Lost() != 99*time.Second || w.results[0].Gap != (Gap{}) || w.results[2].Gap != (Gap{}) {
+			t.Errorf("gaps %v, %v, %v", w.results[0].Gap, gap, w.results[2].Gap)
+		}
+		w.saw(t, "attestation clock stopped or slowed: the KBS counted 2m")
+		if w.starts != 1 || w.running == nil {
+			t.Error("the workload was stopped")
+		}
+		w.sync()
+		left := w.Left()
+		w.wait(30 * time.Second)
+		if w.results[3-1].Seq != 3 || len(w.results) != 3 {
+			t.Errorf("%d rounds, want no more before check_frequency", len(w.results))
+		}
+		if got := w.Left(); got != left-30*time.Second || got > 5*time.Minute-30*time.Second {
+			t.Errorf("the last pass carries for %v, 30 s ago for %v", got, left)
+		}
+
+		w.ahead += 6 * time.Minute // longer than max_staleness
+		w.wait(35 * time.Second)
+		w.saw(t, `attestation action=stop_job reason="no pass within 5m0s: the clock was stopped or slowed, the KBS counted `)
+		w.saw(t, `attestation action=start_job reason="a round passed"`)
+		if w.starts != 2 || w.running == nil {
+			t.Errorf("started %d times, running %v", w.starts, w.running != nil)
+		}
+		cancel()
+		w.wait(time.Minute)
+		ended(t, done)
+	})
 }
 
 func TestLoopRecovers(t *testing.T) {

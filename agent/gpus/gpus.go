@@ -25,7 +25,8 @@ import (
 // CodeIdentity is a GPU that is another one than at the first round.
 const CodeIdentity gpu.Code = "device-changed"
 
-// Source is the GPUs; *helper.Helper is one.
+// Source is the GPUs, safe for concurrent use, and bounds the time of each call
+// itself; *helper.Helper is one.
 type Source interface {
 	Settings(context.Context) (gpu.Settings, error)
 	Collect(ctx context.Context, nonce [32]byte) ([]gpu.Evidence, error)
@@ -48,6 +49,12 @@ type Guard struct {
 	Count  int        // of GPUs; 0: as many as the first round had
 	Printf func(format string, a ...any)
 
+	// Held while the devices are asked. Whoever waits to Lock it, a round, comes before
+	// all that wait to RLock it, which the workload's requests do, one at a time: so
+	// they hold up a round by one answer, however many they are.
+	asking sync.RWMutex
+	line   sync.Mutex // of the workload's requests
+
 	mu     sync.Mutex
 	known  []string // what tells the devices apart: serials of the first round
 	ready  bool
@@ -56,58 +63,81 @@ type Guard struct {
 
 // Prepare initialises the GPUs, for good. Where that fails the first round tells.
 func (g *Guard) Prepare(ctx context.Context) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
 	if err := g.Source.KeepInitialised(ctx); err != nil {
 		g.Printf("gpu: warning: persistence mode: %v", err)
 	}
 }
 
-// Attest attests the GPUs with a nonce out of a handshake's digest. It returns what
-// the KBS gets of it as additional evidence, and what was found, also where that is
-// an error.
+// Attest attests the GPUs for a round, with a nonce out of a handshake's digest. It
+// returns what the KBS gets of it as additional evidence, and what was found, also
+// where that is an error.
 func (g *Guard) Attest(ctx context.Context, digest [48]byte) (evidence string, found Found, err error) {
-	g.mu.Lock()
-	defer g.mu.Unlock()
-	if g.failed != nil {
-		err := fmt.Errorf("the GPUs do no more work until the VM is restarted: %w", g.failed)
-		return "", Found{Code: codeIn(err)}, err
-	}
-	list, err := g.attest(ctx, gpu.DeviceNonce(digest), &found)
-	if err != nil {
-		found.Code = codeIn(err)
-		if !gpu.CodeOf(err).Unreachable() && ctx.Err() == nil {
-			g.takeBack(ctx, err)
+	return g.attest(ctx, &g.asking, gpu.DeviceNonce(digest))
+}
+
+// AttestForWorkload is Attest for a handshake that the workload wants.
+func (g *Guard) AttestForWorkload(ctx context.Context, digest [48]byte) (evidence string, err error) {
+	g.line.Lock()
+	defer g.line.Unlock()
+	evidence, _, err = g.attest(ctx, g.asking.RLocker(), gpu.DeviceNonce(digest))
+	return evidence, err
+}
+
+func (g *Guard) attest(ctx context.Context, turn sync.Locker, nonce [32]byte) (evidence string, found Found, err error) {
+	list, err := g.ask(ctx, turn, nonce)
+	if err == nil {
+		found.list(list)
+		if err = g.judge(ctx, list, nonce, &found); err != nil && !gpu.CodeOf(err).Unreachable() && ctx.Err() == nil {
+			g.Disable(ctx, err)
 		}
-		return "", found, err
 	}
-	if g.Send {
+	found.Code = codeIn(err)
+	if err == nil && g.Send {
 		evidence, err = gpu.MarshalEvidence(list)
 	}
 	return evidence, found, err
 }
 
-func (g *Guard) attest(ctx context.Context, nonce [32]byte, found *Found) ([]gpu.Evidence, error) {
+// ask asks the devices when it is its turn. Once begun it is not broken off when ctx
+// ends: a report that fails can cost the GPU, and who waits for it may be the workload.
+func (g *Guard) ask(ctx context.Context, turn sync.Locker, nonce [32]byte) (list []gpu.Evidence, err error) {
+	turn.Lock()
+	defer turn.Unlock()
+	if err := g.failure(); err != nil {
+		return nil, fmt.Errorf("the GPUs do no more work until the VM is restarted: %w", err)
+	}
+	if err := ctx.Err(); err != nil {
+		return nil, fmt.Errorf("waiting for the GPUs: %w", err)
+	}
+	ctx = context.WithoutCancel(ctx)
 	settings, err := g.Source.Settings(ctx)
 	if err == nil {
 		err = g.Policy.CheckSettings(settings)
 	}
-	if err != nil {
-		return nil, err
+	if err == nil {
+		list, err = g.Source.Collect(ctx, nonce)
 	}
-	evidence, err := g.Source.Collect(ctx, nonce)
 	if err != nil {
-		return nil, err
+		g.Disable(ctx, err)
 	}
-	found.list(evidence)
+	return list, err
+}
+
+func (g *Guard) failure() error {
+	g.mu.Lock()
+	defer g.mu.Unlock()
+	return g.failed
+}
+
+func (g *Guard) judge(ctx context.Context, evidence []gpu.Evidence, nonce [32]byte, found *Found) error {
 	if n := len(evidence); g.Count != 0 && n != g.Count {
-		return nil, &gpu.Error{Code: gpu.CodeCount, Err: fmt.Errorf("there are %d GPUs, want %d", n, g.Count)}
+		return &gpu.Error{Code: gpu.CodeCount, Err: fmt.Errorf("there are %d GPUs, want %d", n, g.Count)}
 	}
 	for _, j := range g.Judges {
 		results, err := j.VerifyAll(ctx, evidence, nonce)
 		found.judged(len(results), err)
 		if err != nil {
-			return nil, err
+			return err
 		}
 		for i, r := range results {
 			for _, w := range r.Warnings {
@@ -115,7 +145,7 @@ func (g *Guard) attest(ctx context.Context, nonce [32]byte, found *Found) ([]gpu
 			}
 		}
 	}
-	return evidence, g.recognise(evidence, found)
+	return g.recognise(evidence, found)
 }
 
 // recognise compares the devices with those of the first round. The certificate of
@@ -129,6 +159,8 @@ func (g *Guard) recognise(evidence []gpu.Evidence, round *Found) error {
 		}
 		found = append(found, serial)
 	}
+	g.mu.Lock()
+	defer g.mu.Unlock()
 	if g.known != nil {
 		round.unknown(found, g.known)
 	}
@@ -178,18 +210,15 @@ func (g *Guard) Accept(ctx context.Context) error {
 func (g *Guard) Disable(ctx context.Context, why error) {
 	g.mu.Lock()
 	defer g.mu.Unlock()
-	if g.failed == nil {
-		g.takeBack(ctx, why)
+	if g.failed != nil {
+		return
 	}
-}
-
-func (g *Guard) takeBack(ctx context.Context, why error) {
 	g.failed = why
 	if !g.ready {
 		return // it was never given, and the driver's default is not to
 	}
 	g.ready = false
-	// The round may have used up its time; the helper has limits of its own.
+	// The round may have used up its time.
 	ctx = context.WithoutCancel(ctx)
 	if err := g.Source.SetReady(ctx, false); err != nil {
 		g.Printf("gpu: ready could not be taken back: %v", err)

@@ -2,10 +2,13 @@ package gpus_test
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"net/http"
 	"os"
+	"runtime"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -128,6 +131,14 @@ func TestFailures(t *testing.T) {
 			further.Measurements = d.Devices[0].Measurements
 			d.Devices = append(d.Devices, further)
 		}},
+		{"a further GPU in another mode", "device-mixed", 0, "pass negative", func(g *guest, d *gpusim.Driver) {
+			further := g.world.NewDevice(gpu.Hopper)
+			further.Measurements, further.Mode = d.Devices[0].Measurements, 1
+			d.Devices = append(d.Devices, further)
+		}},
+		{"a further GPU that is not started", "device-not-started", 0, "", func(g *guest, d *gpusim.Driver) {
+			d.Devices, d.Absent[1] = append(d.Devices, g.world.NewDevice(gpu.Hopper)), 999
+		}},
 		{"another GPU in its place", "device-changed", 0, "negative", func(g *guest, d *gpusim.Driver) {
 			other := g.world.NewDevice(gpu.Hopper)
 			other.Measurements = d.Devices[0].Measurements
@@ -228,5 +239,95 @@ func TestDisable(t *testing.T) {
 	g.Disable(t.Context(), fmt.Errorf("the KBS denies"))
 	if _, err := g.next(t.Context()); err == nil || !strings.Contains(err.Error(), "the KBS denies") || g.ready() != 0 {
 		t.Errorf("%v, ready %d", err, g.ready())
+	}
+}
+
+// patient is a GPU that answers when it is told to.
+type patient struct {
+	gpus.Source
+	device *gpusim.Device
+	asked  chan byte // first byte of the nonce
+	answer chan struct{}
+	open   *atomic.Int32 // questions
+}
+
+func (p patient) Settings(context.Context) (gpu.Settings, error) {
+	return gpu.Settings{CPU: gpu.CPUSEVSNP, Environment: gpu.EnvironmentOn, Feature: 1}, nil
+}
+
+func (p patient) Collect(ctx context.Context, nonce [32]byte) ([]gpu.Evidence, error) {
+	defer p.open.Add(-1)
+	if p.open.Add(1) > 1 {
+		return nil, fmt.Errorf("question %d while another is under way", nonce[0])
+	}
+	p.asked <- nonce[0]
+	for range 1000 {
+		runtime.Gosched() // for others to come in
+	}
+	select {
+	case <-p.answer:
+		return []gpu.Evidence{p.device.Evidence(nonce)}, nil
+	case <-ctx.Done():
+		return nil, ctx.Err()
+	}
+}
+
+// TestRoundsGoFirst: a workload with many requests holds up a round by the one that
+// is under way, which is not broken off when the workload hangs up.
+func TestRoundsGoFirst(t *testing.T) {
+	g := newGuest(t, 1)
+	p := patient{g.Source, g.driver.Devices[0], make(chan byte), make(chan struct{}), new(atomic.Int32)}
+	g.Source, g.Judges, g.Send = p, nil, true
+	errs := make(chan error)
+	answer := func() {
+		select {
+		case p.answer <- struct{}{}:
+		case err := <-errs:
+			t.Fatalf("ended without an answer: %v", err)
+		}
+	}
+	request := func(ctx context.Context, n byte) {
+		text, err := g.AttestForWorkload(ctx, [48]byte{n})
+		if err == nil && text == "" {
+			err = fmt.Errorf("request %d got no evidence", n)
+		}
+		errs <- err
+	}
+	ctx, hangUp := context.WithCancel(t.Context())
+	go request(ctx, 1)
+	<-p.asked
+	for n := range byte(5) {
+		go request(t.Context(), 10+n)
+	}
+	go func() {
+		_, _, err := g.Attest(t.Context(), [48]byte{2})
+		errs <- err
+	}()
+	for !g.RoundWaits() {
+		select {
+		case err := <-errs:
+			t.Fatal(err)
+		default:
+			runtime.Gosched()
+		}
+	}
+	hangUp()
+	answer()
+	if n := <-p.asked; n != 2 {
+		t.Errorf("request %d comes before the round", n)
+	}
+	for ended := 0; ended < 7; {
+		select {
+		case p.answer <- struct{}{}:
+		case <-p.asked:
+		case err := <-errs:
+			if ended++; err != nil {
+				t.Error(err)
+			}
+		}
+	}
+	go request(ctx, 1) // nobody waits for it
+	if err := <-errs; !errors.Is(err, context.Canceled) {
+		t.Error(err)
 	}
 }

@@ -172,7 +172,7 @@ func each(lib nvml.Interface, do func(i int, d helper.Device, dev nvml.Device) e
 	}
 	for i := range n {
 		dev, ret := lib.DeviceGetHandleByIndex(i)
-		if err := checkDevice("nvmlDeviceGetHandleByIndex", i, ret); err != nil {
+		if err := checkDevice(helper.CallHandle, i, ret); err != nil {
 			return err
 		}
 		d := helper.Device{Driver: driver}

@@ -19,6 +19,8 @@ import (
 	"strconv"
 	"strings"
 
+	"golang.org/x/sys/unix"
+
 	"coffer/internal/guestconfig"
 )
 
@@ -27,6 +29,9 @@ var ErrNotBundle = errors.New("not a bundle")
 
 // names are those of all files of a bundle.
 var names = []string{ManifestName, Readme, LaunchVM, OVMF, Kernel, Initrd, UserConfig, UserData, Applog, CryptRoot}
+
+// maxFile bounds the files that are no drives, in bytes. They are read as a whole.
+const maxFile = 256 << 20
 
 // Unpack unpacks the archive at name into dir, and returns the bundle's folder. It
 // takes the files of a bundle and nothing else; the archive may come from anywhere.
@@ -64,6 +69,8 @@ func Unpack(ctx context.Context, name, dir string) (string, error) {
 		case h.Typeflag == tar.TypeDir:
 		case h.Typeflag != tar.TypeReg || !slices.Contains(names, file) || seen[file] || sparse(h):
 			return bad("a member %q", h.Name)
+		case h.Size > maxFile && path.Ext(file) != path.Ext(CryptRoot):
+			return bad("%s has %d bytes, at most %d are read", file, h.Size, maxFile)
 		}
 		if top == "" {
 			top = folder
@@ -75,6 +82,11 @@ func Unpack(ctx context.Context, name, dir string) (string, error) {
 			continue
 		}
 		seen[file] = true
+		// A drive may be of zeros, a thousand times what the archive holds of it.
+		var free unix.Statfs_t
+		if err := unix.Statfs(dir, &free); err == nil && h.Size > int64(free.Bavail)*free.Bsize {
+			return "", fmt.Errorf("unpack %s: %s has %d bytes, and %s %d free", name, file, h.Size, dir, int64(free.Bavail)*free.Bsize)
+		}
 		if err := unpackFile(ctx, filepath.Join(dir, top, file), tr); err != nil {
 			return "", fmt.Errorf("unpack %s of %s: %w", file, name, err)
 		}

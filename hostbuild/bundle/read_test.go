@@ -29,7 +29,9 @@ func packed(t testing.TB, headers ...tar.Header) []byte {
 		if err := w.WriteHeader(&h); err != nil {
 			t.Fatal(err)
 		}
-		w.Write(make([]byte, h.Size))
+		if h.Size <= 1 {
+			w.Write(make([]byte, h.Size))
+		}
 	}
 	w.Close()
 	z.Close()
@@ -70,6 +72,7 @@ func TestUnpackRefuses(t *testing.T) {
 		"device":          {packed(t, tar.Header{Name: testID + "/" + Kernel, Typeflag: tar.TypeChar}), "member"},
 		"folder for file": {packed(t, tar.Header{Name: testID + "/" + Kernel + "/", Typeflag: tar.TypeDir}), "member"},
 		"sparse":          {sparseMember(t), "member"},
+		"large initrd":    {packed(t, tar.Header{Name: testID + "/" + Initrd, Typeflag: tar.TypeReg, Size: maxFile + 1}), "initrd.img has 268435457 bytes"},
 		"empty":           {packed(t), "empty"},
 		"no gzip":         {[]byte("hello, this is no archive"), "gzip"},
 		"cut":             {good[:len(good)-9], ""},
@@ -90,6 +93,23 @@ func TestUnpackRefuses(t *testing.T) {
 			}
 			onlyBundleFiles(t, dir)
 		})
+	}
+}
+
+// A drive that does not fit is refused before anything of it is written.
+func TestUnpackWithoutRoom(t *testing.T) {
+	dir := t.TempDir()
+	file := filepath.Join(dir, "a.tgz")
+	// What the header says is all that counts: nothing follows it.
+	if err := os.WriteFile(file, packed(t, tar.Header{Name: testID + "/" + UserData, Typeflag: tar.TypeReg, Size: 1 << 60}), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	_, err := Unpack(t.Context(), file, dir)
+	if err == nil || !strings.Contains(err.Error(), "user_data.qcow2 has 1152921504606846976 bytes, and "+dir) {
+		t.Errorf("a drive of 2^60 bytes: %v", err)
+	}
+	if left, _ := filepath.Glob(filepath.Join(dir, testID, "*")); len(left) > 0 {
+		t.Errorf("left behind: %q", left)
 	}
 }
 

@@ -72,6 +72,7 @@ func TestAttestRefuses(t *testing.T) {
 		{"not JSON", func(*guest) []byte { return []byte("{") }, "EOF"},
 		{"empty object", func(*guest) []byte { return []byte("{}") }, "runtime-data"},
 		{"something behind", func(g *guest) []byte { return append(g.attestBody(sampleEvidence(g.digest()), ""), "{}"...) }, "behind"},
+		{"a brace behind", func(g *guest) []byte { return append(g.attestBody(sampleEvidence(g.digest()), ""), '}') }, "behind"},
 		{"nonce of another session", func(g *guest) []byte {
 			g.nonce = other.nonce
 			return g.attestBody(sampleEvidence(g.digest()), "")

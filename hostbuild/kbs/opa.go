@@ -4,6 +4,7 @@ import (
 	"context"
 	"errors"
 	"fmt"
+	"runtime"
 	"strings"
 	"sync"
 
@@ -97,6 +98,7 @@ func (e *engine) allow(ctx context.Context, text []byte, data, input map[string]
 			return false, err
 		}
 	}
+	growStack()
 	rs, err := e.query.Eval(ctx, rego.EvalInput(input), rego.EvalTransaction(txn))
 	if err != nil {
 		return false, fmt.Errorf("Failed to eval policy: %w", err)
@@ -109,6 +111,16 @@ func (e *engine) allow(ctx context.Context, text []byte, data, input map[string]
 		return false, errNoBoolean
 	}
 	return allow, nil
+}
+
+// growStack makes the goroutine's stack as large as an evaluation needs, in one
+// step: it recurses deeply, and on a new connection the stack would be doubled,
+// and copied with all its frames, five times in the middle of it.
+//
+//go:noinline
+func growStack() {
+	var room [32 << 10]byte
+	runtime.KeepAlive(&room)
 }
 
 func (e *engine) prepare(ctx context.Context, text []byte) error {

@@ -10,6 +10,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"syscall"
 	"time"
 
 	"coffer/hostbuild/settings"
@@ -62,19 +63,22 @@ func findHook(s *settings.Settings) (*hook, error) {
 }
 
 // run runs the hook in its folder, without arguments. Its environment is this
-// program's and names of files and of the KBS, no secret.
+// program's and names of files and of the KBS, no secret. It is a session of its own,
+// which ends as a whole at the time limit, and so has no terminal to ask at.
 func (h *hook) run(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, hookTime)
 	defer cancel()
 	cmd := exec.CommandContext(ctx, h.path)
 	cmd.Dir = filepath.Dir(h.path)
 	cmd.Env = append(os.Environ(), h.env...)
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
 	cmd.WaitDelay = time.Second
 	var out bytes.Buffer // of a failure its end tells why
 	cmd.Stdout, cmd.Stderr = &out, &out
 	if err := cmd.Run(); err != nil {
 		if ctx.Err() != nil {
-			err = fmt.Errorf("%w: %w; programs that it started may still run and upload: once they have ended, `hostbuild policy apply` uploads the master copy as it stands", ctx.Err(), err)
+			err = fmt.Errorf("%w: %w; it may have uploaded before: `hostbuild policy apply` uploads the master copy as it stands", ctx.Err(), err)
 		}
 		text := strings.TrimSpace(out.String())
 		if len(text) > hookText {

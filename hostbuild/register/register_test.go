@@ -1,10 +1,12 @@
 package register
 
 import (
+	"bufio"
 	"bytes"
 	"context"
 	"errors"
 	"fmt"
+	"io"
 	"log/slog"
 	"net"
 	"os"
@@ -286,17 +288,27 @@ func TestHookIsKilled(t *testing.T) {
 	if err := syscall.Mkfifo(up, 0o600); err != nil {
 		t.Fatal(err)
 	}
-	st.write("set-policy.sh", "#!/bin/sh\necho it runs >up\nexec sleep 600\n", 0o755)
+	st.write("set-policy.sh", "#!/bin/sh\nexec 3>up\n(echo it runs >&3; sleep 9; echo so does its child >&3) &\nwait\n", 0o755)
 	ctx, cancel := context.WithCancel(t.Context())
 	defer cancel()
+	said := make(chan string)
 	go func() {
-		if b, err := os.ReadFile(up); err != nil || string(b) != "it runs\n" { // blocks until it writes
-			t.Errorf("the hook says %q, %v", b, err)
+		f, err := os.Open(up) // blocks until the hook opens it
+		if err != nil {
+			t.Error(err)
 		}
+		defer f.Close()
+		r := bufio.NewReader(f)
+		first, _ := r.ReadString('\n')
 		cancel()
+		rest, _ := io.ReadAll(r) // until nobody can write any more
+		said <- first + string(rest)
 	}()
 	err := st.open().hook.run(ctx)
-	if !errors.Is(err, context.Canceled) || !strings.Contains(err.Error(), "signal: killed") || !strings.Contains(err.Error(), "may still run and upload") {
-		t.Errorf("run: %v, want Canceled, by a signal, and a word on what the hook started", err)
+	if !errors.Is(err, context.Canceled) || !strings.Contains(err.Error(), "signal: killed") || !strings.Contains(err.Error(), "may have uploaded") {
+		t.Errorf("run: %v, want Canceled, by a signal, and a word on what the hook may have done", err)
+	}
+	if text := <-said; text != "it runs\n" {
+		t.Errorf("the hook and its child say %q", text)
 	}
 }

@@ -17,8 +17,9 @@ import (
 
 // acpiTables are those that QEMU's q35 and its firmware give a guest. DSDT is the
 // only one that may hold bytecode: it describes the machine and nothing boots
-// without it. A host that wants to run bytecode of its own in the guest's kernel
-// adds a table; the kernel has been told not to load those (acpi_no_static_ssdt).
+// without it. A host may add others with bytecode of its own. The kernel has been
+// told not to load SSDTs (acpi_no_static_ssdt); the like of them, PSDT and OSDT, it
+// has loaded before anybody can look here.
 var acpiTables = []string{"APIC", "BGRT", "DSDT", "FACP", "FACS", "HMAT", "HPET", "MCFG", "SLIT", "SRAT", "WAET"}
 
 // acpi tells which tables the host gives, and refuses to go on with one that

@@ -45,7 +45,13 @@ func main() {
 	flag.Parse()
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	defer stop()
-	if err := run(ctx, *bin, *base, *runs, *only); err != nil {
+	var err error
+	if flag.Arg(0) == kbsbench.ClientArg {
+		err = kbsbench.Client(ctx, flag.Args()[1:], figure)
+	} else {
+		err = run(ctx, *bin, *base, *runs, *only)
+	}
+	if err != nil {
 		fmt.Fprintln(os.Stderr, "bench:", err)
 		os.Exit(1)
 	}

@@ -98,6 +98,7 @@ func NewWorld() *World {
 type Device struct {
 	Arch, Chip, Driver, VBIOS string
 	FWID                      [48]byte
+	Mode                      byte         // 0 single GPU, 1 NVLink encryption, 2 protected PCIe
 	Chain                     []*Authority // attestation key, identity, provisioner, family, root
 	Measurements              [][]byte
 }
@@ -209,7 +210,7 @@ func (d *Device) NewReport(nonce [32]byte) *Report {
 		{Type: spdm.FWID, Value: d.FWID[:]},
 		{Type: spdm.PPCIEStatus, Value: []byte{spdm.Disabled}},
 		{Type: spdm.OpaqueVersion, Value: []byte{1, 0}},
-		{Type: spdm.FeatureFlag, Value: []byte{0, 0}},
+		{Type: spdm.FeatureFlag, Value: []byte{d.Mode, 0}},
 	}
 	return r
 }

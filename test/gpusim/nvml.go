@@ -19,6 +19,7 @@ type Driver struct {
 	Ready    uint32
 	Failed   bool         // ready was taken back: it never comes again
 	Returns  map[byte]int // NVML's return values by operation; Crash and Hang are two more
+	Absent   map[int]int  // index of a device to what NVML returns when asked for it
 	Bad      map[int]int  // index of a device to a measurement that it reports wrongly
 	Nonce    *[32]byte    // replaces the one asked with
 	Replay   []byte       // replaces every report
@@ -38,7 +39,7 @@ const (
 func NewDriver(devices ...*Device) *Driver {
 	return &Driver{
 		Devices: devices, Settings: gpu.Settings{CPU: gpu.CPUSEVSNP, Environment: gpu.EnvironmentOn, Feature: 1},
-		Returns: map[byte]int{}, Bad: map[int]int{}, calls: map[byte]int{},
+		Returns: map[byte]int{}, Absent: map[int]int{}, Bad: map[int]int{}, calls: map[byte]int{},
 	}
 }
 
@@ -132,7 +133,9 @@ func (d *Driver) answer(op byte, index int, nonce [32]byte) (int, []byte) {
 	}
 	dev := d.Devices[index]
 	switch op {
-	case 'H', 'P':
+	case 'H':
+		return d.Absent[index], nil
+	case 'P':
 		return 0, nil
 	case 'U':
 		return 0, fmt.Appendf(nil, "GPU-%032x", dev.Chain[0].Cert.SerialNumber)

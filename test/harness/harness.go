@@ -29,8 +29,9 @@ type Env struct {
 	Dir  string // work folder
 	Log  io.Writer
 
-	KBSFlags []string // more flags for `hostbuild kbs serve`
-	BootEnv  []string // more variables for launch_vm.sh, NAME=value
+	KBSFlags  []string // more flags for `hostbuild kbs serve`
+	KBSOutput *os.File // takes what it prints, for a bench: KBS.Log stays empty, and no reader takes processor time
+	BootEnv   []string // more variables for launch_vm.sh, NAME=value
 
 	chipOnce sync.Once
 	chipErr  error
@@ -94,6 +95,9 @@ func (k *KBS) Start(ctx context.Context) error {
 	args := append([]string{"kbs", "serve", "--dir", k.Dir, "--listen", k.Listen,
 		"--simulated-roots", filepath.Join(k.env.chip(), "roots.pem"), "--allow-simulated"}, k.env.KBSFlags...)
 	cmd := exec.Command(k.env.program("hostbuild"), args...)
+	if f := k.env.KBSOutput; f != nil {
+		cmd.Stdout, cmd.Stderr = f, f
+	}
 	p, err := start(cmd, k.Log)
 	if err != nil {
 		return err
@@ -101,11 +105,33 @@ func (k *KBS) Start(ctx context.Context) error {
 	k.proc = p
 	ctx, cancel := context.WithTimeout(ctx, 30*time.Second)
 	defer cancel()
-	if _, _, err := k.Log.Expect(ctx, 0, `action=start`); err != nil {
+	if k.env.KBSOutput != nil {
+		err = k.listening(ctx)
+	} else {
+		_, _, err = k.Log.Expect(ctx, 0, `action=start`)
+	}
+	if err != nil {
 		k.Stop()
 		return fmt.Errorf("KBS: %w", err)
 	}
 	return nil
+}
+
+// listening waits until the server takes connections.
+func (k *KBS) listening(ctx context.Context) error {
+	for {
+		conn, err := net.Dial("tcp", k.Listen)
+		if err == nil {
+			return conn.Close()
+		}
+		select {
+		case <-time.After(10 * time.Millisecond):
+		case <-k.proc.done:
+			return fmt.Errorf("it ended; its output is in %s", k.env.KBSOutput.Name())
+		case <-ctx.Done():
+			return fmt.Errorf("%w: %w", ctx.Err(), err)
+		}
+	}
 }
 
 // Stop ends the server.
@@ -260,8 +286,11 @@ type process struct {
 	done chan struct{}
 }
 
+// start starts cmd; out takes its output where cmd says nothing else.
 func start(cmd *exec.Cmd, out *Lines) (*process, error) {
-	cmd.Stdout, cmd.Stderr = out, out
+	if cmd.Stdout == nil {
+		cmd.Stdout, cmd.Stderr = out, out
+	}
 	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
 	cmd.WaitDelay = 5 * time.Second // a left-behind child must not hold the output for ever
 	if err := cmd.Start(); err != nil {

@@ -10,15 +10,17 @@ import (
 	"errors"
 	"fmt"
 	"os"
+	"os/exec"
 	"path/filepath"
 	"runtime"
-	"runtime/debug"
 	"slices"
 	"strconv"
 	"strings"
 	"sync"
 	"syscall"
 	"time"
+
+	"golang.org/x/sys/unix"
 
 	"coffer/hostbuild/policy"
 	"coffer/internal/snp"
@@ -36,56 +38,129 @@ const (
 	snpPath    = "keys/root/snp"
 )
 
-// Run prints the figures by figure(name, value, unit, floor).
-func Run(ctx context.Context, env *harness.Env, figure func(name string, value float64, unit string, floor float64)) error {
+// Figure prints one figure.
+type Figure func(name string, value float64, unit string, floor float64)
+
+// Run prints the figures. The releases are made by a process of its own, [Client],
+// and by each side on one processor core of its own, as by two machines. On a shared
+// one the two take each other's processor: a garbage collector uses every core that
+// is idle because its side waits for the other.
+func Run(ctx context.Context, env *harness.Env, figure Figure) error {
 	// Dialect T, to compare with what was measured on that Trustee.
 	kbsEnv := &harness.Env{Bin: env.Bin, Base: env.Base, Dir: filepath.Join(env.Dir, "kbsbench"), Log: env.Log,
 		KBSFlags: []string{"--rate", "0", "--dialect", "T"}}
 	if err := os.Mkdir(kbsEnv.Dir, 0o755); err != nil {
 		return err
 	}
-	kbs, err := kbsEnv.StartKBS(ctx, "kbs")
+	output, err := os.Create(filepath.Join(kbsEnv.Dir, "kbs.log"))
 	if err != nil {
 		return err
 	}
+	defer output.Close()
+	kbsEnv.KBSOutput = output
+	var kbs *harness.KBS
+	err = onCore(1, func() (err error) {
+		kbs, err = kbsEnv.StartKBS(ctx, "kbs")
+		return err
+	})
+	if err != nil {
+		return err
+	}
+	err = onCore(0, func() error {
+		self, err := os.Executable()
+		if err != nil {
+			return err
+		}
+		client := exec.CommandContext(ctx, self, ClientArg, kbs.Listen, kbs.Dir, filepath.Join(kbsEnv.Dir, "chip"))
+		client.Stdout, client.Stderr = os.Stdout, os.Stderr
+		return client.Run()
+	})
+	kbs.Stop()
+	if err != nil {
+		return fmt.Errorf("the client's process: %w", err)
+	}
+
+	if kbs, err = kbsEnv.StartKBS(ctx, "kbs"); err != nil {
+		return err
+	}
 	defer kbs.Stop()
-	b := &bench{kbs: kbs, figure: figure}
-	if b.chip, err = simsnp.Load(filepath.Join(kbsEnv.Dir, "chip")); err != nil {
-		return err
-	}
-	if b.ca, err = os.ReadFile(filepath.Join(kbs.Dir, "ca.pem")); err != nil {
-		return err
-	}
-	if err := b.store(ctx); err != nil {
-		return err
-	}
-	if b.bare, err = startBare(); err != nil {
+	b, err := open(kbs.Listen, kbs.Dir, filepath.Join(kbsEnv.Dir, "chip"), figure)
+	if err != nil {
 		return err
 	}
 	defer b.bare.l.Close()
-	for _, f := range []func(context.Context) error{b.latency, b.load, b.memory} {
-		if err := f(ctx); err != nil {
-			return err
+	if err := b.load(ctx); err != nil {
+		return err
+	}
+	return b.memory(ctx, kbs.PID())
+}
+
+// onCore runs f on a thread of that processor core, which the programs that f
+// starts inherit. On a machine with one core it changes nothing.
+func onCore(n int, f func() error) error {
+	runtime.LockOSThread()
+	defer runtime.UnlockOSThread()
+	var all, one unix.CPUSet
+	if err := unix.SchedGetaffinity(0, &all); err != nil {
+		return err
+	}
+	for core, seen := 0, 0; seen <= n && seen < all.Count(); core++ {
+		if all.IsSet(core) {
+			one.Zero()
+			one.Set(core)
+			seen++
 		}
 	}
-	return nil
+	if err := unix.SchedSetaffinity(0, &one); err != nil {
+		return err
+	}
+	return errors.Join(f(), unix.SchedSetaffinity(0, &all))
+}
+
+// ClientArg is the first argument of a program that shall call Client.
+const ClientArg = "release-client"
+
+// Client measures the releases of the KBS whose address, folder and chip's folder
+// args are.
+func Client(ctx context.Context, args []string, figure Figure) error {
+	if len(args) != 3 {
+		return fmt.Errorf("%s needs address, folder of the KBS and folder of the chip", ClientArg)
+	}
+	b, err := open(args[0], args[1], args[2], figure)
+	if err != nil {
+		return err
+	}
+	defer b.bare.l.Close()
+	return errors.Join(b.store(ctx), b.latency(ctx))
 }
 
 type bench struct {
-	kbs    *harness.KBS
-	chip   *simsnp.Chip
-	ca     []byte
-	bare   *bare
-	figure func(name string, value float64, unit string, floor float64)
+	listen, dir string // the KBS's
+	chip        *simsnp.Chip
+	ca          []byte
+	bare        *bare
+	figure      Figure
+}
+
+func open(listen, dir, chip string, figure Figure) (b *bench, err error) {
+	b = &bench{listen: listen, dir: dir, figure: figure}
+	if b.chip, err = simsnp.Load(chip); err != nil {
+		return nil, err
+	}
+	if b.ca, err = os.ReadFile(filepath.Join(dir, "ca.pem")); err != nil {
+		return nil, err
+	}
+	b.bare, err = startBare()
+	return b, err
 }
 
 func (b *bench) config() kbsclient.Config {
-	return kbsclient.Config{URL: "https://" + b.kbs.Listen, RootCAs: b.ca}
+	return kbsclient.Config{URL: "https://" + b.listen, RootCAs: b.ca}
 }
 
 // store gives the server two keys and their rules.
 func (b *bench) store(ctx context.Context) error {
-	pem, err := os.ReadFile(filepath.Join(b.kbs.Dir, "admin.key"))
+	pem, err := os.ReadFile(filepath.Join(b.dir, "admin.key"))
 	if err != nil {
 		return err
 	}
@@ -177,18 +252,13 @@ func (b *bench) latency(ctx context.Context) error {
 }
 
 // times runs f once to warm up, and then measures rounds of it, in milliseconds.
-// A guest makes one release in a round or in its life: what 500 of them leave
-// behind in one process is collected between them. The server collects as it likes.
 func times(f func() error) ([]float64, error) {
-	defer debug.SetGCPercent(debug.SetGCPercent(-1))
 	if err := f(); err != nil {
 		return nil, err
 	}
+	runtime.GC() // of what came before
 	var ms []float64
-	for i := range rounds {
-		if i%20 == 0 {
-			runtime.GC()
-		}
+	for range rounds {
 		t := time.Now()
 		if err := f(); err != nil {
 			return nil, err
@@ -262,7 +332,7 @@ func perSecond(clients int, newClient func() func() error) (float64, error) {
 
 // memory compares the server's resident memory after 20,000 sessions with that
 // after 10,000: as many as it keeps.
-func (b *bench) memory(ctx context.Context) error {
+func (b *bench) memory(ctx context.Context, pid int) error {
 	var rss [2]float64
 	for i := range rss {
 		var wg sync.WaitGroup
@@ -284,7 +354,7 @@ func (b *bench) memory(ctx context.Context) error {
 			return err
 		}
 		var err error
-		if rss[i], err = residentMiB(b.kbs.PID()); err != nil {
+		if rss[i], err = residentMiB(pid); err != nil {
 			return err
 		}
 	}

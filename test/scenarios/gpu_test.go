@@ -17,6 +17,7 @@ import (
 
 	"coffer/agent/gpus"
 	"coffer/internal/gpu"
+	"coffer/internal/gpu/helper"
 	"coffer/internal/gpu/ocsp"
 	"coffer/internal/testenv"
 	"coffer/test/dockersave"
@@ -211,9 +212,38 @@ func TestGPUs(t *testing.T) {
 		{"Replayed", 1, `\[report-nonce\]`, func(d *gpusim.Driver) { d.Replay = old }},
 		{"Crash", 1, `\[helper-crash\]`, func(d *gpusim.Driver) { d.Returns['R'] = gpusim.Crash }},
 		{"Hang", 1, `\[helper-timeout\]`, func(d *gpusim.Driver) { d.Returns['R'] = gpusim.Hang }},
-		{"DevTools", 1, `\[settings-devtools\]`, func(d *gpusim.Driver) { d.Settings.DevTools = 1 }},
 	} {
 		t.Run(c.name, func(t *testing.T) { l.turnsBad(t, any, c.gpus, c.reason, c.wrong) })
+	}
+	nvlink := l.world.NewDevice(gpu.Hopper)
+	nvlink.Measurements, nvlink.Mode = l.kind.Measurements, 1
+	for _, c := range []struct {
+		name  string
+		gpus  int
+		code  gpu.Code
+		asked int // reports of GPUs
+		set   func(*gpusim.Driver)
+	}{
+		{"CCOff", 1, gpu.CodeCCOff, 0, func(d *gpusim.Driver) { d.Settings.Feature = 0 }},
+		{"DevTools", 1, gpu.CodeDevTools, 0, func(d *gpusim.Driver) { d.Settings.DevTools = 1 }},
+		{"PPCIEWithoutSwitches", 2, gpu.CodePPCIE, 0, func(d *gpusim.Driver) { d.Settings.MultiGPU, d.Settings.Feature = gpu.MultiGPUPPCIE, 0 }},
+		{"OneOfTwoIsOff", 2, helper.CodeNotStarted, 1, func(d *gpusim.Driver) { d.Absent[1] = 999 }}, // as the driver does with it
+		{"TwoModes", 2, gpu.CodeMixed, 2, func(d *gpusim.Driver) { d.Devices = []*gpusim.Device{l.all[0], nvlink} }},
+	} {
+		t.Run(c.name, func(t *testing.T) { l.wrongMode(t, any, c.gpus, c.code, c.asked, c.set) })
+	}
+}
+
+// wrongMode boots with GPUs that are set up otherwise than for production: they are
+// refused with the code before a workload starts, and those whose settings tell are
+// not asked for a report.
+func (l *gpuLine) wrongMode(t *testing.T, b *harness.Bundle, n int, code gpu.Code, asked int, set func(*gpusim.Driver)) {
+	g, driver := l.bootGPUs(t, b, n)
+	driver.Edit(set)
+	g.refused("attest", "E_ATTESTATION", "round 1 was negative")
+	g.expect(`attestation round=1 verdict=negative.*\[` + string(code) + `\].*code=E_GPU`)
+	if reports, ready := driver.Calls('R'), driver.Calls('w'); reports != asked || ready != 0 {
+		t.Errorf("%d reports, want %d; ready was set %d times", reports, asked, ready)
 	}
 }
 
@@ -314,6 +344,9 @@ func (l *gpuLine) vault(t *testing.T, b *harness.Bundle) {
 	g.expect(`coffer: the guest's own ports out=kbs:\S+,dns:[0-9.]+:53/udp\+tcp,dhcp:67/udp(?: |$)`) // and nobody else
 	g.expect(`certificate of this chip from="host"`)                                                 // the bundle's, in the host's place
 	g.expect(`gpu: 1 attested`)
+	if n := driver.Calls('P'); n != 1 {
+		t.Errorf("the GPU was initialised for good %d times", n)
+	}
 	g.expect(`gpu: /vault is open`)
 	g.expect(`gpu: ready`)
 	g.expect(`attestation round=1 verdict=pass`)

@@ -2,6 +2,7 @@ package scenarios
 
 import (
 	"context"
+	"encoding/json"
 	"fmt"
 	"io"
 	"net"
@@ -315,7 +316,9 @@ func TestGuestRefusesTheHost(t *testing.T) {
 		args                []string
 		phase, code, detail string
 	}{
-		{"ACPI table added", []string{"-acpitable", "sig=SSDT,data=" + aml}, "acpi", "E_ACPI", "not expected: SSDT(ignored)"},
+		// The kernel ignores an SSDT, and loads what is called otherwise.
+		{"ACPI tables added", []string{"-acpitable", "sig=SSDT,data=" + aml, "-acpitable", "sig=PSDT,data=" + aml, "-acpitable", "sig=OSDT,data=" + aml},
+			"acpi", "E_ACPI", "not expected: OSDT, PSDT, SSDT(ignored)"},
 		{"clock far ahead", []string{"-rtc", "base=2090-01-01"}, "key", "E_CLOCK", "2090"},
 	} {
 		t.Run(c.name, func(t *testing.T) {
@@ -664,16 +667,116 @@ func TestGuestPaused(t *testing.T) {
 	l := setupKBS(t)
 	g := bootLong(t, l.probeBundle(t, "cc_attestation:\n  check_frequency: 3600\n  max_staleness: 7200\n", "tick"))
 	g.expect(`workload: probe: tick ok 1 `)
+	pause(t, g, 15*time.Second) // what the guest must notice
+	g.expect(`attestation round=2 verdict=pass`)
+	g.expect(`workload: probe: tick ok \d+ `)
+}
+
+// A host that stops the guest's clock together with the VM, or slows it, is found out
+// by the KBS's; so is one that lets the clock run on. Who stands still for longer than
+// max_staleness stops its workload first.
+func TestGuestClockStopped(t *testing.T) {
+	l := setupKBS(t)
+	socket := filepath.Join(t.TempDir(), "qmp")
+	hostileQEMU(t, "", "-qmp unix:"+socket+",server=on,wait=off")
+	const stale = 45 * time.Second
+	g := bootLong(t, l.probeBundle(t, "cc_attestation:\n  check_frequency: 10\n  max_staleness: 45\n  failure_action: stop_job\n  restart_on_recovery: true\n", "tick"))
+	g.expect(`workload: probe: tick ok 1 `)
+	g.expect(`attestation round=2 verdict=pass`)
+	vm := dialQMP(t, socket)
+
+	// Stopped: a round at once after the one that found it out.
+	vm.standStill(12 * time.Second)
+	g.expect(`attestation clock stopped or slowed: the KBS counted \d+s, the guest at most \d+s`)
+	first, _ := strconv.Atoi(g.expect(`attestation round=(\d+) verdict=pass`)[1])
+	second, _ := strconv.Atoi(g.expect(`attestation round=(\d+) verdict=pass`)[1])
+	_, between, _ := strings.Cut(g.Console.Text(), fmt.Sprintf("attestation round=%d ", first))
+	between, _, _ = strings.Cut(between, fmt.Sprintf("attestation round=%d ", second))
+	ticks := strings.Count(between, "probe: tick ")
+	if second != first+1 || ticks > 5 {
+		t.Errorf("round %d came %d seconds of the guest's after round %d", second, ticks, first)
+	}
+
+	// Slowed to a third.
+	for range 12 {
+		vm.standStill(time.Second)
+		time.Sleep(time.Second / 2)
+	}
+	g.expect(`attestation clock stopped or slowed: the KBS counted \d+s, the guest at most \d+s`)
+	g.expect(`attestation round=\d+ verdict=pass`)
+	if strings.Contains(g.Console.Text(), "action=stop_job") {
+		t.Error("less than max_staleness stopped the workload")
+	}
+
+	// Stopped for longer than max_staleness, and the clock with it.
+	g.expect(`attestation round=\d+ verdict=pass`)
+	vm.standStill(stale)
+	g.expect(`attestation action=stop_job reason="no pass within 45s: the clock was stopped or slowed, the KBS counted \d+s, the guest at most \d+s`)
+	g.expect(`workload exited code=137 signal=9`)
+	g.expect(`attestation action=start_job reason="a round passed"`)
+	g.expect(`workload: probe: tick ok 1 `)
+
+	// As long, and the clock runs on.
+	g.expect(`attestation round=\d+ verdict=pass`)
+	pause(t, g, stale)
+	g.expect(`attestation action=stop_job reason="no pass within 45s"`)
+	g.expect(`workload exited code=137 signal=9`)
+	g.expect(`attestation action=start_job reason="a round passed"`)
+}
+
+// pause stops the process that a guest runs in; the guest's clock runs on.
+func pause(t *testing.T, g *guest, d time.Duration) {
+	t.Helper()
 	pid := hostProcess(t, g.b, "qemu-system-x86_64")
 	if err := syscall.Kill(pid, syscall.SIGSTOP); err != nil {
 		t.Fatal(err)
 	}
-	time.Sleep(15 * time.Second) // what the guest must notice
+	time.Sleep(d)
 	if err := syscall.Kill(pid, syscall.SIGCONT); err != nil {
 		t.Fatal(err)
 	}
-	g.expect(`attestation round=2 verdict=pass`)
-	g.expect(`workload: probe: tick ok \d+ `)
+}
+
+// qmp is a QEMU's control socket.
+type qmp struct {
+	t    *testing.T
+	conn net.Conn
+	in   *json.Decoder
+}
+
+func dialQMP(t *testing.T, socket string) *qmp {
+	t.Helper()
+	conn, err := net.Dial("unix", socket)
+	if err != nil {
+		t.Fatal(err)
+	}
+	t.Cleanup(func() { conn.Close() })
+	q := &qmp{t, conn, json.NewDecoder(conn)}
+	q.execute("qmp_capabilities")
+	return q
+}
+
+func (q *qmp) execute(command string) {
+	q.t.Helper()
+	fmt.Fprintf(q.conn, `{"execute":%q}`, command)
+	for {
+		var answer map[string]json.RawMessage
+		err := q.in.Decode(&answer)
+		if err != nil || answer["error"] != nil {
+			q.t.Fatalf("QMP %s: %v %s", command, err, answer["error"])
+		}
+		if answer["return"] != nil {
+			return
+		}
+	}
+}
+
+// standStill stops the VM; under emulation its clock stops, too.
+func (q *qmp) standStill(d time.Duration) {
+	q.t.Helper()
+	q.execute("stop")
+	time.Sleep(d)
+	q.execute("cont")
 }
 
 // killSimplatform ends the simulated platform of a bundle that runs.

@@ -81,6 +81,11 @@ type Problem struct {
 	Text   string `json:"text"`
 }
 
+// CallHandle is the Call that finds a GPU.
+const CallHandle = "nvmlDeviceGetHandleByIndex"
+
+const gpuIsLost = 15 // NVML's number for a GPU that has fallen off its bus
+
 func (p *Problem) Error() string {
 	where := ""
 	if p.Device != nil {
@@ -96,6 +101,11 @@ const (
 	CodeAnswer  gpu.Code = "helper-answer"  // it answered something else
 	CodeStart   gpu.Code = "helper-start"   // it is not there or cannot be run
 	CodeNVML    gpu.Code = "nvml"           // NVML refused; errors.As finds a *Problem
+
+	// NVML knows a GPU that the driver has not started, as it does where one is in
+	// another confidential-computing mode than the first (INVALID_STATE in gpu_mgr.c
+	// of NVIDIA's open kernel modules).
+	CodeNotStarted gpu.Code = "device-not-started"
 )
 
 // Helper runs the program. It is safe for concurrent use: requests wait for each
@@ -194,6 +204,9 @@ func (h *Helper) do(ctx context.Context, r Request, fits func(*Answer) bool) (*A
 	case err != nil:
 		return nil, problem(CodeAnswer, "%s: answer %.80q: %w", r.Op, line, err)
 	case a.Error != nil:
+		if a.Error.Call == CallHandle && a.Error.Return != gpuIsLost {
+			return nil, problem(CodeNotStarted, "%w: the driver has not started it; it does not where a GPU is in another confidential-computing mode than the first", a.Error)
+		}
 		return nil, problem(CodeNVML, "%w", a.Error)
 	case !fits(&a):
 		return nil, problem(CodeAnswer, "%s: answer %.80q is none to it", r.Op, line)

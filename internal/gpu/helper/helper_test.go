@@ -105,6 +105,12 @@ func TestBad(t *testing.T) {
 		{"replayed report", "report-nonce", "nonce", func(d *gpusim.Driver, _ *helper.Helper) { d.Replay = old }},
 		{"measurement at 21", "measurement-mismatch", "driver 21", func(d *gpusim.Driver, _ *helper.Helper) { d.Bad[0] = 21 }},
 		{"second GPU appears", "device-count", "2 GPUs", func(d *gpusim.Driver, _ *helper.Helper) { d.Devices = append(d.Devices, w.NewDevice(gpu.Hopper)) }},
+		{"second GPU is not started", "device-not-started", "nvmlDeviceGetHandleByIndex of GPU 1", func(d *gpusim.Driver, _ *helper.Helper) {
+			d.Devices, d.Absent[1] = append(d.Devices, w.NewDevice(gpu.Hopper)), 999
+		}},
+		{"second GPU is lost", "nvml", "nvmlDeviceGetHandleByIndex of GPU 1", func(d *gpusim.Driver, _ *helper.Helper) {
+			d.Devices, d.Absent[1] = append(d.Devices, w.NewDevice(gpu.Hopper)), 15
+		}},
 		{"no GPU", "helper-answer", "none to it", func(d *gpusim.Driver, _ *helper.Helper) { d.Devices = nil }},
 	} {
 		t.Run(m.name, func(t *testing.T) {
