@@ -30,6 +30,10 @@ const (
 	apartShare = 50 // or one part of so many of the time
 )
 
+// longest bounds what a gap counts, so that a clock that is wrong by centuries makes
+// no sum of times overflow.
+const longest = 10 * 365 * 24 * time.Hour
+
 // compare tells whether the guest's clock was stopped or slowed between two answers.
 // The host owns that clock, and not the verifier's. It gives the stamp to compare
 // the next one with: a short time is not let go, so that small differences add up.
@@ -41,6 +45,7 @@ func compare(since, next Stamp) (Stamp, Gap) {
 		return next, Gap{}
 	}
 	g := Gap{Verifier: next.Verifier.Sub(since.Verifier), Guest: next.Came - since.Sent}
+	g.Verifier = min(max(g.Verifier, -longest), longest)
 	switch {
 	case g.Lost() > max(apart, g.Guest/apartShare):
 		return next, g

@@ -38,7 +38,8 @@ func TestCompare(t *testing.T) {
 		{"never a clock", []Stamp{{}, {}, {}}, []time.Duration{0, 0, 0}},
 		{"no answer since: the same stamp", []Stamp{at(1000, 0), at(1000, 0), at(1000, 0)}, []time.Duration{0, 0, 0}},
 		{"a call that may have taken all the time", []Stamp{{Verifier: time.Unix(1000, 0), Sent: 0, Came: 20 * s}, at(1040, 35*s)}, []time.Duration{0, 0}},
-		{"a clock at the ends of time", []Stamp{at(-62135596801, 0), at(253402300799, 60*s)}, []time.Duration{0, 1<<63 - 1 - 60100*time.Millisecond}},
+		{"a clock at the ends of time", []Stamp{at(-62135596801, 0), at(253402300799, 60*s)}, []time.Duration{0, longest - 60100*time.Millisecond}},
+		{"back from the end of time", []Stamp{at(253402300799, 0), at(1000, 60*s), at(1300, 360*s)}, []time.Duration{0, 0, 0}},
 	} {
 		t.Run(tc.name, func(t *testing.T) {
 			var since Stamp

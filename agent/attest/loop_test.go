@@ -95,7 +95,7 @@ func newWorld(action string, restart bool) *world {
 			w.running = nil
 			return w.stopErr
 		},
-		Now:       func() time.Duration { return time.Since(began) },
+		Now:       func() time.Duration { w.sync(); return time.Since(began) },
 		Clock:     func() Stamp { return answered },
 		RoundTime: 30 * time.Second, StartTime: time.Minute, StopTime: time.Minute,
 	}
