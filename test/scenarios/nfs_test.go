@@ -30,6 +30,7 @@ NFS_CORE_PARAM { NFS_Port = 2049; MNT_Port = %[2]d; Protocols = %[1]d; Enable_NL
 NFSv4 { Graceless = true; RecoveryRoot = %[3]s; Only_Numeric_Owners = true; }
 NFS_KRB5 { Active_krb5 = false; }
 EXPORT { Export_Id = 1; Path = /mem; Pseudo = /mem; Access_Type = RW; Squash = None; Protocols = %[1]d; Transports = TCP; SecType = sys; FSAL { Name = MEM; } }
+MEM { Inode_Size = 4096; }
 LOG { Default_Log_Level = EVENT; }
 `, version, mountPort, g.dir))
 	g.cmd = exec.Command(testenv.LookTool(t, "ganesha.nfsd"), "-F", "-L", g.dir+"/log", "-f", g.dir+"/conf", "-p", g.dir+"/pid")
@@ -53,9 +54,9 @@ func (g *ganesha) kill() {
 	g.cmd.Wait()
 }
 
-// nfsGuest boots a guest that may reach port 2049 alone, and whose workload writes
+// nfsGuest boots a guest that may reach these ports alone, and whose workload writes
 // to the export that the site has named on the user_data drive.
-func nfsGuest(t *testing.T) *guest {
+func nfsGuest(t *testing.T, ports string) *guest {
 	t.Helper()
 	l := setupKBS(t)
 	busybox, err := os.ReadFile(testenv.LookTool(t, "busybox"))
@@ -73,7 +74,7 @@ func nfsGuest(t *testing.T) *guest {
 	if err := image.SaveLegacy(dir + "/image.tar.gz"); err != nil {
 		t.Fatal(err)
 	}
-	write(t, dir+"/CONFIG.yaml", fmt.Appendf(nil, "root_drive_size: 1\ndocker_archive: %s/image.tar.gz\nvcpus: [1]\nmemory_mib: 1024\nallowed_out_ports: [2049]\ncc_attestation:\n  check_frequency: 3\n  max_staleness: 60\n", dir))
+	write(t, dir+"/CONFIG.yaml", fmt.Appendf(nil, "root_drive_size: 1\ndocker_archive: %s/image.tar.gz\nvcpus: [1]\nmemory_mib: 1024\nallowed_out_ports: [%s]\ncc_attestation:\n  check_frequency: 3\n  max_staleness: 60\n", dir, ports))
 	write(t, dir+"/ext_mount.conf", []byte("10.0.2.2:/mem\n"))
 	ctx, cancel := context.WithTimeout(t.Context(), buildDeadline)
 	defer cancel()
@@ -97,7 +98,7 @@ func TestNFS(t *testing.T) {
 	s := &ganesha{dir: t.TempDir()}
 	s.start(t, 4, 0)
 	defer func() { s.kill() }()
-	g := nfsGuest(t)
+	g := nfsGuest(t, "2049")
 	g.expect(`coffer: the guest's own ports out=.*,nfs:2049/tcp`)
 	g.expect(`nfs 10\.0\.2\.2:/mem is mounted at /user_data/mnt options="vers=4\.`)
 	g.expect(`workload: round \d+: tick \d+ on nfs`)
@@ -108,23 +109,30 @@ func TestNFS(t *testing.T) {
 	g.Kill()
 }
 
-// A server that speaks version 3 alone, with its mount protocol at a port that is
-// closed to the guest: that is told, and nothing else is held up.
+// A server that speaks version 3 alone: where its mount protocol has a port that is
+// closed to the guest, that is told, and nothing else is held up; once the port is an
+// open one, the guest mounts. Ganesha has no mount protocol at its NFS port.
 func TestNFS3(t *testing.T) {
 	testenv.LookTool(t, "ganesha.nfsd")
 	ownNamespace(t)
-	rpcbind := exec.Command(testenv.LookTool(t, "rpcbind"), "-f") // which ganesha asks for with version 3
+	rpcbind := exec.Command(testenv.LookTool(t, "rpcbind"), "-f") // which ganesha asks for with version 3, and the guest
 	if err := rpcbind.Start(); err != nil {
 		t.Fatal(err)
 	}
 	defer rpcbind.Wait()
 	defer rpcbind.Process.Kill()
 	s := &ganesha{dir: t.TempDir()}
-	s.start(t, 3, 20048)
+	s.start(t, 3, 20049)
 	defer func() { s.kill() }()
-	g := nfsGuest(t)
+	g := nfsGuest(t, "111, 2049, 20048")
 	g.expect(`nfs 10\.0\.2\.2:/mem is not mounted: NFS 4: .*; NFS 3, its mount protocol at port 2049 or where port 111 says: connection refused`)
 	g.expect(`workload: round \d+: tick \d+ on ext`)
 	g.expect(`attestation round=\d+ verdict=pass`)
+	s.kill()
+	s.start(t, 3, 20048)
+	g.expect(`nfs 10\.0\.2\.2:/mem is mounted at /user_data/mnt options="vers=3,`)
+	for range 3 {
+		g.expect(`workload: round \d+: tick \d+ on nfs`)
+	}
 	g.Kill()
 }
