@@ -44,7 +44,8 @@ type Figure func(name string, value float64, unit string, floor float64)
 // Run prints the figures. The releases are made by a process of its own, [Client],
 // and by each side on one processor core of its own, as by two machines. On a shared
 // one the two take each other's processor: a garbage collector uses every core that
-// is idle because its side waits for the other.
+// is idle because its side waits for the other. Trustee's figures, which docs/kbs.md
+// has beside them, are of two shared cores.
 func Run(ctx context.Context, env *harness.Env, figure Figure) error {
 	// Dialect T, to compare with what was measured on that Trustee.
 	kbsEnv := &harness.Env{Bin: env.Bin, Base: env.Base, Dir: filepath.Join(env.Dir, "kbsbench"), Log: env.Log,
